@@ -1,0 +1,1 @@
+"""PPO post-training of language models as pure JAX functions."""

@@ -1,0 +1,59 @@
+"""Stage 4: rewards and values -> advantages and returns."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from .ops.masked import at_least_float32
+from .types import Scalar
+
+
+def gae(
+    rewards: Float[Array, "B T"],
+    values: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    bootstrap_values: Float[Array, " B"],
+    *,
+    gamma: Scalar,
+    lam: Scalar,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Generalised advantage estimation, by a reverse `lax.scan`.
+
+        delta_t = r_t + gamma * V_next(t) - V_t
+        A_t     = delta_t + gamma * lam * A_next(t),      returns_t = A_t + V_t
+
+    next(t) is the next *valid* token, so the recursion carries through holes in the mask; after
+    the last one V_next is the bootstrap value and A_next is 0. Source: Schulman et al. 2016,
+    eqs. 11, 12 and 16; there the rewards index starts at the action, as here.
+
+    Args:
+        rewards: a token, reward units; ignored where `mask` is false.
+        values: V_t, before token t.
+        mask: valid tokens.
+        bootstrap_values: value after the last valid token; 0 for an ended episode.
+        gamma: discount in [0, 1].
+        lam: lambda in [0, 1]; 0 gives the TD residual, 1 the discounted return minus V_t.
+
+    Returns:
+        (advantages, returns), at least float32, 0 where `mask` is false.
+    """
+    dtype = jnp.promote_types(at_least_float32(rewards).dtype, values.dtype)
+    rewards, values = rewards.astype(dtype), values.astype(dtype)
+    gamma, lam = jnp.asarray(gamma, dtype), jnp.asarray(lam, dtype)
+
+    def backward(carry, inputs):
+        next_advantage, next_value = carry
+        reward, value, valid = inputs
+        delta = reward + gamma * next_value - value
+        advantage = delta + gamma * lam * next_advantage
+        carry = (
+            jnp.where(valid, advantage, next_advantage),
+            jnp.where(valid, value, next_value),
+        )
+        return carry, jnp.where(valid, advantage, 0.0)
+
+    last = bootstrap_values.astype(dtype)
+    over_time = (rewards.T, values.T, mask.T)
+    _, advantages = jax.lax.scan(backward, (jnp.zeros_like(last), last), over_time, reverse=True)
+    advantages = advantages.T
+    return advantages, jnp.where(mask, advantages + values, 0.0)

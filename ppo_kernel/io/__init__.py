@@ -1,0 +1,1 @@
+"""Files in and out: model folders, checkpoints, tokenizers, prompts."""

@@ -1,0 +1,292 @@
+"""Stages 1 to 5 composed: prompts in, a better policy out, in one compiled program."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key
+
+from .advantages import gae
+from .config import Hyperparams, IterationConfig
+from .models.base import Policy
+from .ops.kl import is_clamped
+from .ops.masked import at_least_float32, masked_mean, masked_sum, whiten
+from .rewards import adaptive_kl_coef, token_rewards
+from .rollout import generate
+from .scoring import full_sequences, response_logprobs, score
+from .sharding import pin_batch, pin_parameters
+from .types import AdvantageEstimator, Experience, Metrics, Prompts, RewardFn, Rollout, Scores
+from .update import Learner, TrainState, update
+
+
+class Collected(eqx.Module):
+    """The first half of an iteration: all that does not need the reward."""
+
+    rollout: Rollout
+    old_logprobs: Float[Array, "B T"]
+    scores: Scores
+
+
+def collect(
+    state: TrainState,
+    reference: Policy,
+    prompts: Prompts,
+    hyperparams: Hyperparams,
+    *,
+    config: IterationConfig,
+    mesh: Mesh | None = None,
+) -> Collected:
+    """Stages 1 and 2: sample responses, then reference log-probabilities and values.
+
+    Args:
+        state: not changed.
+        reference: the frozen policy.
+        prompts: N left-padded prompts.
+        hyperparams: temperature, top-p, min-p.
+        config: static settings.
+        mesh: pins the batch to its data axis; None for one device.
+
+    Returns:
+        `Collected` for B = N * samples_per_prompt sequences.
+    """
+    pin = pin_batch(mesh)
+    rollout_key, _ = _keys(state)
+    rollout = pin(
+        generate(
+            state.policy, pin(prompts), rollout_key,
+            config=config.generation, temperature=hyperparams.temperature,
+            top_p=hyperparams.top_p, min_p=hyperparams.min_p,
+        )
+    )  # fmt: skip
+    settings = {"temperature": hyperparams.temperature, "chunk_size": config.logprob_chunk_size}
+    scores = score(state.policy, reference, state.critic, rollout, **settings)
+    old_logprobs = rollout.logprobs
+    if config.recompute_old_logprobs:
+        hidden = state.policy.hidden(*full_sequences(rollout))
+        old_logprobs, _ = response_logprobs(state.policy, rollout, hidden, **settings)
+    return pin(Collected(rollout, old_logprobs, scores))
+
+
+def learn(
+    state: TrainState,
+    collected: Collected,
+    scores: Float[Array, " B"] | Float[Array, "B T"],
+    hyperparams: Hyperparams,
+    *,
+    config: IterationConfig,
+    learner: Learner = Learner(),
+    advantage_estimator: AdvantageEstimator = gae,
+    mesh: Mesh | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Stages 3 to 5: token rewards, advantages, and every epoch of the update.
+
+    Args:
+        state: as it was for `collect`.
+        collected: from `collect`.
+        scores: one a sequence or one a token, reward units.
+        hyperparams, config, learner, advantage_estimator, mesh: as in `ppo_iteration`.
+
+    Returns:
+        (state, metrics) of the next iteration.
+    """
+    pin = pin_batch(mesh)
+    rollout, frozen = collected.rollout, collected.scores
+    scores = pin(at_least_float32(scores))
+    log_ratios = collected.old_logprobs - frozen.reference_logprobs
+    kl_coef = hyperparams.kl_coef if hyperparams.kl_target is None else state.kl_coef
+    rewards = token_rewards(
+        scores, log_ratios, rollout.mask, rollout.terminated,
+        kl_coef=kl_coef, kl_estimator=config.reward_kl,
+        missing_eos_penalty=hyperparams.missing_eos_penalty, score_clip=hyperparams.score_clip,
+    )  # fmt: skip
+    ended = rollout.terminated if config.bootstrap_truncated else jnp.ones_like(rollout.terminated)
+    bootstrap_values = jnp.where(ended, 0.0, frozen.bootstrap_values)
+    advantages, returns = advantage_estimator(
+        rewards, frozen.values, rollout.mask, bootstrap_values,
+        gamma=hyperparams.gamma, lam=hyperparams.lam,
+    )  # fmt: skip
+    metrics = _rollout_metrics(rollout, scores, log_ratios, frozen.values, returns, rewards)
+    if config.whiten_advantages:
+        advantages = whiten(advantages, rollout.mask)
+    experience = Experience(
+        rollout, collected.old_logprobs, frozen.reference_logprobs, frozen.values,
+        advantages, returns,
+    )  # fmt: skip
+    _, update_key = _keys(state)
+    state = eqx.tree_at(lambda s: s.kl_coef, state, kl_coef.astype(state.kl_coef.dtype))
+    state, update_metrics = update(
+        state, pin(experience), update_key, hyperparams, config=config, learner=learner, pin=pin
+    )
+    return _advance(state, metrics, hyperparams, rollout), metrics | update_metrics | {
+        "kl_coef": kl_coef
+    }
+
+
+def ppo_iteration(
+    state: TrainState,
+    reference: Policy,
+    prompts: Prompts,
+    hyperparams: Hyperparams,
+    *,
+    reward: RewardFn,
+    config: IterationConfig,
+    learner: Learner = Learner(),
+    advantage_estimator: AdvantageEstimator = gae,
+    mesh: Mesh | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One whole PPO iteration, a pure function: jit it, vmap it, or call `compile_iteration`.
+
+        prompts -> rollout -> scores -> token rewards -> advantages -> minibatch epochs -> state
+
+    It is `learn(state, c, reward(c.rollout), ...)` with `c = collect(state, ...)`.
+
+    Args:
+        state: from `Learner.init` or the last iteration.
+        reference: the frozen policy that the KL is measured against.
+        prompts: N left-padded prompts with distinct sample ids.
+        hyperparams: traced; a change never recompiles.
+        reward: JAX-traceable; a Python reward goes between `collect` and `learn`.
+        config: static settings.
+        learner: optimizers and losses.
+        advantage_estimator: `gae` or your own, see `types.AdvantageEstimator`.
+        mesh: pins the batch to its data axis; None for one device.
+
+    Returns:
+        (state, metrics), see the table in docs/metrics.md.
+
+    Raises:
+        ValueError: the reward cannot be traced or has a wrong shape; sizes that do not divide.
+    """
+    collected = collect(state, reference, prompts, hyperparams, config=config, mesh=mesh)
+    scores = _traced_scores(reward, collected.rollout)
+    return learn(
+        state, collected, scores, hyperparams,
+        config=config, learner=learner, advantage_estimator=advantage_estimator, mesh=mesh,
+    )  # fmt: skip
+
+
+class CompiledIteration(NamedTuple):
+    """The iteration and its two halves, compiled. `step` and `learn` consume the state passed in.
+
+    Attributes:
+        step: (state, reference, prompts, hyperparams, reward) -> (state, metrics).
+        collect: (state, reference, prompts, hyperparams) -> collected.
+        learn: (state, collected, scores, hyperparams) -> (state, metrics).
+        lower: same arguments as `step`, -> the lowered program, to inspect or compile ahead.
+    """
+
+    step: Callable
+    collect: Callable
+    learn: Callable
+    lower: Callable
+
+
+def compile_iteration(
+    *,
+    config: IterationConfig,
+    learner: Learner = Learner(),
+    advantage_estimator: AdvantageEstimator = gae,
+    mesh: Mesh | None = None,
+) -> CompiledIteration:
+    """Jit the iteration with donated state and pinned shardings; compiles at the first call.
+
+    Args: as in `ppo_iteration`. Arrays must be on the mesh already: see `sharding.place`.
+    """
+    parts = {"config": config, "mesh": mesh}
+    second = parts | {"learner": learner, "advantage_estimator": advantage_estimator}
+    pin_state = pin_parameters(mesh)
+
+    # Equinox donates every argument but the first.
+    @eqx.filter_jit(donate="all-except-first")
+    def step(inputs, state):
+        reference, prompts, hyperparams, reward = inputs
+        state, metrics = ppo_iteration(
+            state, reference, prompts, hyperparams, reward=reward, **second
+        )
+        return pin_state(state), metrics
+
+    @eqx.filter_jit
+    def first_half(state, reference, prompts, hyperparams):
+        return collect(state, reference, prompts, hyperparams, **parts)
+
+    @eqx.filter_jit(donate="all-except-first")
+    def second_half(inputs, state):
+        state, metrics = learn(state, *inputs, **second)
+        return pin_state(state), metrics
+
+    return CompiledIteration(
+        step=lambda state, *inputs: step(inputs, state),
+        collect=first_half,
+        learn=lambda state, *inputs: second_half(inputs, state),
+        lower=lambda state, *inputs: step.lower(inputs, state),
+    )
+
+
+def _keys(state: TrainState) -> tuple[Key[Array, ""], Key[Array, ""]]:
+    """(rollout key, update key) of this iteration."""
+    rollout_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.iteration))
+    return rollout_key, update_key
+
+
+def _traced_scores(reward: RewardFn, rollout: Rollout) -> Float[Array, "..."]:
+    try:
+        scores = jnp.asarray(reward(rollout))
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+        raise ValueError(
+            f"reward {reward!r} needs concrete values (it runs Python on text or NumPy), so it "
+            "cannot be part of the single program; call it between `collect` and `learn`."
+        ) from error
+    if scores.shape not in (rollout.lengths.shape, rollout.tokens.shape):
+        raise ValueError(
+            f"reward must return one score a sequence {rollout.lengths.shape} or one a token "
+            f"{rollout.tokens.shape}, got shape {scores.shape}."
+        )
+    return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+
+
+def _advance(
+    state: TrainState, metrics: Metrics, hyperparams: Hyperparams, rollout: Rollout
+) -> TrainState:
+    kl_coef = state.kl_coef
+    if hyperparams.kl_target is not None:
+        kl_coef = adaptive_kl_coef(
+            kl_coef, metrics["kl_divergence"],
+            target=hyperparams.kl_target, horizon=hyperparams.kl_horizon,
+            num_sequences=rollout.lengths.shape[0],
+        )  # fmt: skip
+    return eqx.tree_at(
+        lambda s: (s.iteration, s.kl_coef), state, (state.iteration + 1, kl_coef)
+    )
+
+
+def _rollout_metrics(rollout, scores, log_ratios, values, returns, rewards) -> Metrics:
+    """What the rollout says of the policy; sequences without a token are counted, not averaged."""
+    mask, kept = rollout.mask, jnp.any(rollout.mask, axis=1)
+    totals = scores if scores.ndim == 1 else jnp.sum(jnp.where(mask, scores, 0.0), axis=1)
+    mean = masked_mean(totals, kept)
+    sequences = jnp.maximum(jnp.sum(kept), 1).astype(log_ratios.dtype)
+    residual = jnp.where(mask, returns - values, 0.0)
+
+    def variance(x: Float[Array, "B T"]) -> Float[Array, ""]:
+        return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
+
+    spread = variance(returns)
+    explained = 1.0 - variance(residual) / jnp.where(spread > 0, spread, 1.0)
+    float_type = totals.dtype
+    return {
+        "mean_reward": mean,
+        "reward_std": jnp.sqrt(masked_mean(jnp.square(totals - mean), kept)),
+        "token_reward": masked_sum(rewards, mask) / sequences.astype(rewards.dtype),
+        "kl_divergence": masked_sum(log_ratios, mask) / sequences,
+        "explained_variance": jnp.where(spread > 0, explained, 0.0),
+        "value_mean": masked_mean(values, mask),
+        "return_mean": masked_mean(returns, mask),
+        "response_length": jnp.mean(rollout.lengths.astype(float_type)),
+        "truncated_fraction": jnp.mean((~rollout.terminated).astype(float_type)),
+        "empty_responses": jnp.sum(~kept).astype(float_type),
+        "nonfinite_scores": masked_sum((~jnp.isfinite(totals)).astype(float_type), kept),
+        "clamped_rollout_log_ratios": masked_sum(is_clamped(log_ratios).astype(float_type), mask),
+    }

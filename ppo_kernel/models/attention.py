@@ -1,0 +1,111 @@
+"""Grouped-query attention: over a whole sequence, and one token against the cache."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ..ops.masked import at_least_float32
+from .kv_cache import write_slot
+from .layers import Linear, RMSNorm, rotate
+
+
+class Attention(eqx.Module):
+    """Projections of grouped-query attention (Ainslie et al. 2023), with optional q/k norms."""
+
+    query: Linear
+    key: Linear
+    value: Linear
+    output: Linear
+    query_norm: RMSNorm | None
+    key_norm: RMSNorm | None
+    num_kv_heads: int = eqx.field(static=True)
+    head_dim: int = eqx.field(static=True)
+
+    def project(
+        self,
+        x: Float[Array, "*batch D"],
+        positions: Int[Array, "*batch"],
+        frequencies: Float[Array, " half"],
+    ) -> tuple[
+        Float[Array, "*batch H E"], Float[Array, "*batch K E"], Float[Array, "*batch K E"]
+    ]:
+        """Queries, keys (both rotated) and values of each token."""
+        query, key, value = (
+            layer(x).reshape(*x.shape[:-1], -1, self.head_dim)
+            for layer in (self.query, self.key, self.value)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return rotate(query, positions, frequencies), rotate(key, positions, frequencies), value
+
+    @jax.named_scope("attention")
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        mask: Bool[Array, "B S"],
+        positions: Int[Array, "B S"],
+        frequencies: Float[Array, " half"],
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B S K E"], Float[Array, "B S K E"]]:
+        """Causal attention over the valid slots; also the keys and values, for a cache."""
+        query, key, value = self.project(x, positions, frequencies)
+        mixed = attend(
+            self._grouped(query).transpose(0, 2, 3, 1, 4),
+            key.swapaxes(1, 2),
+            value.swapaxes(1, 2),
+            jnp.tril(jnp.ones((x.shape[1],) * 2, bool))[None] & mask[:, None, :],
+        )
+        mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1)
+        return self.output(mixed), key, value
+
+    @jax.named_scope("attention")
+    def decode(
+        self,
+        x: Float[Array, "B D"],
+        positions: Int[Array, " B"],
+        frequencies: Float[Array, " half"],
+        keys: Float[Array, "B K S E"],
+        values: Float[Array, "B K S E"],
+        mask: Bool[Array, "B S"],
+        slot: Int[Array, ""],
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B K S E"], Float[Array, "B K S E"]]:
+        """One token a row against the cache; returns the buffers with `slot` written."""
+        query, key, value = self.project(x, positions, frequencies)
+        keys, values = write_slot(keys, key, slot), write_slot(values, value, slot)
+        mixed = attend(
+            self._grouped(query)[:, :, :, None],
+            keys.astype(x.dtype),
+            values.astype(x.dtype),
+            mask[:, None, :],
+        )
+        return self.output(mixed.reshape(x.shape[0], -1)), keys, values
+
+    def _grouped(self, query: Float[Array, "*batch H E"]) -> Float[Array, "*batch K group E"]:
+        return query.reshape(*query.shape[:-2], self.num_kv_heads, -1, self.head_dim)
+
+
+def attend(
+    query: Float[Array, "B K group Q E"],
+    key: Float[Array, "B K S E"],
+    value: Float[Array, "B K S E"],
+    allowed: Bool[Array, "B Q S"],
+) -> Float[Array, "B K group Q E"]:
+    """softmax(q k^T / sqrt(E)) v over the allowed slots (Vaswani et al. 2017, eq. 1).
+
+    The softmax is in at least float32. A query with nothing allowed gets the mean of all values:
+    finite, and never read, since only padding is in that place.
+
+    Args:
+        query: grouped by the key/value head they share.
+        key, value: slots of keys and values.
+        allowed: which slots each query sees.
+
+    Returns:
+        The mixed values, shape of `query`.
+    """
+    scale = query.shape[-1] ** -0.5
+    logits = at_least_float32(jnp.einsum("bkgqe,bkse->bkgqs", query * scale, key))
+    lowest = jnp.finfo(logits.dtype).min
+    logits = jnp.where(allowed[:, None, None], logits, lowest)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgqs,bkse->bkgqe", weights, value)

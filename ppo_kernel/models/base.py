@@ -1,0 +1,61 @@
+"""What a model must offer to be trained here: three small protocols.
+
+Every leaf of a model is an array or is left alone: inexact arrays are trained, everything else
+(integers, functions, settings) is carried along unchanged. Any `eqx.Module` will do.
+"""
+
+from typing import Protocol, TypeAlias
+
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+Cache: TypeAlias = PyTree[Array]
+"""What a policy remembers between tokens.
+
+The leading axis of every leaf is the batch (a rank-0 leaf is shared by the rows), so that the
+rollout can repeat it for the samples of a prompt, whatever is inside.
+"""
+
+
+class Decoder(Protocol):
+    """One step of a policy: takes the tokens just drawn, returns what predicts the next ones."""
+
+    def __call__(
+        self, tokens: Int[Array, " B"], cache: Cache
+    ) -> tuple[Float[Array, "B D"], Cache]: ...
+
+
+class Policy(Protocol):
+    """A language model that can be sampled from and trained.
+
+    The law that ties the methods: token by token through `prefill` and `decoder` gives the same
+    hidden states as `hidden` on the whole sequence, and slots outside the mask change nothing.
+    """
+
+    def hidden(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Final hidden state of every slot; slot i sees the valid slots up to and with i."""
+        ...
+
+    def unembed(self, hidden: Float[Array, "C D"]) -> Float[Array, "C V"]:
+        """Rows of hidden states -> rows of logits."""
+        ...
+
+    def prefill(
+        self, tokens: Int[Array, "N P"], mask: Bool[Array, "N P"], capacity: int
+    ) -> tuple[Float[Array, "N D"], Cache]:
+        """Read left-padded prompts: hidden state of the last slot, cache for `capacity` slots."""
+        ...
+
+    def decoder(self) -> Decoder:
+        """The step function of the decode loop.
+
+        It is asked for once, outside the loop: the place to lay weights out for decoding.
+        """
+        ...
+
+
+class Critic(Protocol):
+    """A model of one number a slot: a value model, or the trunk of a reward model."""
+
+    def __call__(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S"]:
+        """Value after reading each slot, reward units."""
+        ...

@@ -1,0 +1,72 @@
+"""What stands on a trunk: an output head (policy), or one number a slot (critic, reward model)."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ..ops.masked import at_least_float32
+from .base import Cache, Decoder
+from .transformer import Transformer, TransformerConfig
+
+
+class LanguageModel(eqx.Module):
+    """A policy: trunk and output matrix; `output` is None where it is the embedding (tied)."""
+
+    trunk: Transformer
+    output: Float[Array, "V D"] | None
+
+    @classmethod
+    def init(cls, key: Key[Array, ""], config: TransformerConfig) -> "LanguageModel":
+        """Random weights. Consumes `key`."""
+        trunk_key, output_key = jax.random.split(key)
+        trunk = Transformer.init(trunk_key, config)
+        if config.tie_embeddings:
+            return cls(trunk, None)
+        output = 0.02 * jax.random.normal(output_key, trunk.embedding.shape)
+        return cls(trunk, output.astype(config.param_dtype))
+
+    def hidden(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Final hidden state of every slot."""
+        return self.trunk(tokens, mask)
+
+    @jax.named_scope("unembed")
+    def unembed(self, hidden: Float[Array, "C D"]) -> Float[Array, "C V"]:
+        """Logits of each row."""
+        matrix = self.trunk.embedding if self.output is None else self.output
+        return hidden @ matrix.astype(hidden.dtype).T
+
+    def prefill(
+        self, tokens: Int[Array, "N P"], mask: Bool[Array, "N P"], capacity: int
+    ) -> tuple[Float[Array, "N D"], Cache]:
+        """Hidden state of the last slot, and the cache."""
+        return self.trunk.prefill(tokens, mask, capacity)
+
+    def decoder(self) -> Decoder:
+        """The decode step of the trunk."""
+        return self.trunk.decoder()
+
+
+class ValueHead(eqx.Module):
+    """value = h . w, in at least float32. As a critic by itself it sits on the policy's trunk."""
+
+    weight: Float[Array, " D"]
+
+    def __call__(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+        return at_least_float32(hidden) @ at_least_float32(self.weight)
+
+
+class ValueModel(eqx.Module):
+    """A critic or a reward model: its own trunk and one number a slot."""
+
+    trunk: Transformer
+    head: ValueHead
+
+    @classmethod
+    def on(cls, trunk: Transformer) -> "ValueModel":
+        """A critic on a trunk: the head starts at zero, so the first values are 0."""
+        return cls(trunk, ValueHead(jnp.zeros(trunk.config.hidden_size, trunk.embedding.dtype)))
+
+    def __call__(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S"]:
+        """Value after reading each slot, reward units."""
+        return self.head(self.trunk(tokens, mask))

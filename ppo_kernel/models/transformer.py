@@ -1,0 +1,198 @@
+"""A decoder-only Transformer: one trunk for policies, critics and reward models."""
+
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from .attention import Attention
+from .base import Cache, Decoder
+from .kv_cache import KVCache
+from .layers import GatedMLP, Linear, RMSNorm
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of the low rotary frequencies (Grattafiori et al. 2024, sec. 3.2)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Shape and types of a trunk. Types: parameters, computation and cache are set apart.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_epsilon: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    max_positions: int = 2048
+    param_dtype: str = "float32"
+    compute_dtype: str = "float32"
+    cache_dtype: str = "float32"
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+        for name in (*sizes, "num_kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}.")
+
+    def rope_frequencies(self) -> Float[np.ndarray, " half"]:
+        """theta^(-2i/E) for i in [0, E/2), stretched by `rope_scaling`; float64, radians a position."""
+        exponents = np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim
+        frequencies = self.rope_theta**-exponents
+        scaling = self.rope_scaling
+        if scaling is None:
+            return frequencies
+        turns = scaling.original_max_position * frequencies / (2 * np.pi)
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        kept = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+        return frequencies * (kept + (1.0 - kept) / scaling.factor)
+
+
+class Block(eqx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    attention_norm: RMSNorm
+    attention: Attention
+    mlp_norm: RMSNorm
+    mlp: GatedMLP
+
+    @classmethod
+    def init(cls, key: Key[Array, ""], config: TransformerConfig) -> "Block":
+        """Normal(0, 0.02) matrices, those into the residual stream divided by sqrt(2 L)."""
+        width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+        keys = jax.random.split(key, 7)
+        narrow = 0.02 / (2 * config.num_layers) ** 0.5
+
+        def norm(size: int) -> RMSNorm:
+            return RMSNorm(jnp.ones(size), config.norm_epsilon)
+
+        def into(index: int, size: int, bias: bool = False) -> Linear:
+            return Linear.init(keys[index], width, size, scale=0.02, bias=bias)
+
+        attention = Attention(
+            query=into(0, config.num_heads * head, config.qkv_bias),
+            key=into(1, config.num_kv_heads * head, config.qkv_bias),
+            value=into(2, config.num_kv_heads * head, config.qkv_bias),
+            output=Linear.init(keys[3], config.num_heads * head, width, scale=narrow),
+            query_norm=norm(head) if config.qk_norm else None,
+            key_norm=norm(head) if config.qk_norm else None,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=head,
+        )
+        down = Linear.init(keys[6], inner, width, scale=narrow)
+        mlp = GatedMLP(gate=into(4, inner), up=into(5, inner), down=down)
+        return cls(norm(width), attention, norm(width), mlp)
+
+
+class Transformer(eqx.Module):
+    """Embedding, `num_layers` blocks (stacked, scanned) and a final norm: tokens -> hidden states."""
+
+    embedding: Float[Array, "V D"]
+    blocks: Block
+    norm: RMSNorm
+    config: TransformerConfig = eqx.field(static=True)
+
+    @classmethod
+    def init(cls, key: Key[Array, ""], config: TransformerConfig) -> "Transformer":
+        """Random weights of `config.param_dtype`. Consumes `key`."""
+        block_key, embedding_key = jax.random.split(key)
+        blocks = jax.vmap(lambda k: Block.init(k, config))(
+            jax.random.split(block_key, config.num_layers)
+        )
+        shape = (config.vocab_size, config.hidden_size)
+        embedding = 0.02 * jax.random.normal(embedding_key, shape)
+        model = cls(embedding, blocks, RMSNorm(jnp.ones(shape[1]), config.norm_epsilon), config)
+        return cast_floating(model, config.param_dtype)
+
+    def __call__(
+        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]
+    ) -> Float[Array, "B S D"]:
+        """Final hidden state of every slot, compute type."""
+        return self._forward(tokens, mask)[0]
+
+    def prefill(
+        self, tokens: Int[Array, "N P"], mask: Bool[Array, "N P"], capacity: int
+    ) -> tuple[Float[Array, "N D"], Cache]:
+        """Hidden state of the last slot, and the cache with room for `capacity` slots."""
+        hidden, (keys, values) = self._forward(tokens, mask)
+        dtype = self.config.cache_dtype
+        cache = KVCache.from_prefill(keys.astype(dtype), values.astype(dtype), mask, capacity)
+        return hidden[:, -1], cache
+
+    def decoder(self) -> Decoder:
+        """The decode step, over layers taken apart once so that the loop copies no weights."""
+        layers = [
+            jax.tree.map(lambda x, i=index: x[i], self.blocks)
+            for index in range(self.config.num_layers)
+        ]
+
+        def step(tokens: Int[Array, " B"], cache: KVCache):
+            x = self._embed(tokens)
+            cache = cache.open_slot()
+            keys, values = [], []
+            for block, layer_keys, layer_values in zip(
+                layers, cache.keys, cache.values, strict=True
+            ):
+                mixed, layer_keys, layer_values = block.attention.decode(
+                    block.attention_norm(x), cache.positions, self._frequencies(),
+                    layer_keys, layer_values, cache.mask, cache.slot,
+                )  # fmt: skip
+                x = x + mixed
+                x = x + block.mlp(block.mlp_norm(x))
+                keys.append(layer_keys)
+                values.append(layer_values)
+            return self.norm(x), cache.close_slot(keys, values)
+
+        return step
+
+    def _forward(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]):
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+        frequencies = self._frequencies()
+
+        def apply(x: Float[Array, "B S D"], block: Block):
+            mixed, keys, values = block.attention(
+                block.attention_norm(x), mask, positions, frequencies
+            )
+            x = x + mixed
+            return x + block.mlp(block.mlp_norm(x)), (keys, values)
+
+        x, cached = jax.lax.scan(apply, self._embed(tokens), self.blocks)
+        return self.norm(x), cached
+
+    def _embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        return self.embedding[tokens].astype(self.config.compute_dtype)
+
+    def _frequencies(self) -> Float[Array, " half"]:
+        return jnp.asarray(self.config.rope_frequencies(), jnp.result_type(float))
+
+
+def cast_floating(tree, dtype: str):
+    """`tree` with its inexact arrays in `dtype`."""
+    return jax.tree.map(lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, tree)

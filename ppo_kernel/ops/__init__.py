@@ -1,0 +1,1 @@
+"""Array maths that knows neither models nor PPO."""

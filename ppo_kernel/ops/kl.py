@@ -1,0 +1,80 @@
+"""Estimators of the KL divergence from sampled log-ratios (Schulman 2020, joschu.net/blog/kl-approx).
+
+All of them take x = log policy(token) - log reference(token) of a token drawn from the policy
+and estimate KL(policy || reference). The expectation of the *gradient* is another matter:
+as a loss on tokens of the current policy, k1 has gradient 0, k2 that of KL(policy || reference)
+and k3 that of KL(reference || policy), the other direction. `with_gradient_of` pairs the value
+of one with the gradient of another.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ..types import KLEstimator
+
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios are clamped to +-20 before exp: e^20 = 4.9e8 is far beyond any ratio that trains."""
+
+
+def clamp_log_ratio(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """min(max(x, -20), 20): keeps exp(x) finite. The gradient is 0 where the clamp acts."""
+    return jnp.clip(x, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def is_clamped(x: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
+    """True where `clamp_log_ratio` changes x: what the metrics count."""
+    return jnp.abs(x) > LOG_RATIO_LIMIT
+
+
+def k1(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """k1 = x. Unbiased, high variance, may be negative.
+
+    Args:
+        log_ratio: x = log policy - log reference per token, nats.
+
+    Returns:
+        Estimate per token, nats, same shape.
+    """
+    return log_ratio
+
+
+def k2(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """k2 = x^2 / 2. Biased in value, its gradient at the sampling policy is that of the KL.
+
+    Args:
+        log_ratio: x = log policy - log reference per token, nats; clamped to +-20.
+
+    Returns:
+        Estimate per token, nats, same shape, never negative.
+    """
+    return 0.5 * jnp.square(clamp_log_ratio(log_ratio))
+
+
+def k3(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """k3 = exp(-x) - 1 + x. Unbiased in value, low variance, never negative.
+
+    Args:
+        log_ratio: x = log policy - log reference per token, nats; clamped to +-20.
+
+    Returns:
+        Estimate per token, nats, same shape.
+    """
+    x = clamp_log_ratio(log_ratio)
+    return jnp.expm1(-x) + x
+
+
+def with_gradient_of(value: KLEstimator, gradient: KLEstimator) -> KLEstimator:
+    """An estimator with the value of one and the gradient of another.
+
+        k(x) = stop_gradient(value(x)) + gradient(x) - stop_gradient(gradient(x))
+
+    Example: `with_gradient_of(k3, k2)` reports k3 and follows the gradient of the KL.
+    """
+
+    def estimator(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        slope = gradient(log_ratio)
+        # The two slopes cancel first, and exactly: a large one leaves no rounding in the value.
+        return jax.lax.stop_gradient(value(log_ratio)) + (slope - jax.lax.stop_gradient(slope))
+
+    return estimator

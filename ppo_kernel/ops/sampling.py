@@ -1,0 +1,140 @@
+"""Drawing tokens: noise by coordinate, restriction of the support, inverse-CDF sampling."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ..types import Scalar
+
+_BLOCK = 256
+"""Vocabulary entries per block of the two-level draw; small enough that both scans are cheap."""
+
+
+def sampling_noise(
+    key: Key[Array, ""], sample_ids: Int[Array, " B"], num_tokens: int
+) -> Float[Array, "B T 2"]:
+    """Uniform noise keyed by coordinate: (key, sample id, token index), nothing else.
+
+        u[b, t] = uniform(fold_in(fold_in(key, sample_ids[b]), t), shape [2])
+
+    A sample's noise is the same in any batch, at any place in it and on any mesh.
+
+    Args:
+        key: the iteration's key; consumed.
+        sample_ids: one id a sequence.
+        num_tokens: T.
+
+    Returns:
+        Two uniforms in [0, 1) a token, float32: one picks a block of the vocabulary, one the
+        token in it, so that the resolution is 2^-23 of each rather than of the whole.
+    """
+
+    def draw(sample_id: Int[Array, ""], t: Int[Array, ""]) -> Float[Array, "2"]:
+        cell = jax.random.fold_in(jax.random.fold_in(key, sample_id), t)
+        return jax.random.uniform(cell, (2,), jnp.float32)
+
+    over_tokens = jax.vmap(draw, in_axes=(None, 0))
+    return jax.vmap(over_tokens, in_axes=(0, None))(sample_ids, jnp.arange(num_tokens))
+
+
+def restrict_logits(
+    logits: Float[Array, "B V"],
+    *,
+    top_k: int | None = None,
+    top_p: Scalar | None = None,
+    min_p: Scalar | None = None,
+) -> Float[Array, "B V"]:
+    """Ban (-inf) what top-k, then top-p, then min-p leave out; None switches one off.
+
+    top-k keeps the k largest logits, top-p the smallest set of what remains whose mass reaches
+    p (Holtzman et al. 2020), min-p the tokens with at least min_p times the largest
+    probability (Nguyen et al. 2024). Ties at a threshold are all kept, the most likely token
+    always is.
+
+    Args:
+        logits: tempered, -inf where already banned.
+        top_k: at least 1; static.
+        top_p: in (0, 1].
+        min_p: in [0, 1].
+
+    Returns:
+        Logits with the rest at -inf.
+
+    Raises:
+        ValueError: `top_k` is below 1.
+    """
+    if top_k is not None:
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1 or None, got {top_k}.")
+        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits >= kth, logits, -jnp.inf)
+    if top_p is not None:
+        ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+        mass = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(mass, axis=-1) - mass
+        bound = jnp.asarray(top_p).astype(mass.dtype)
+        # The running sum may round to 1 before the tail; a bound of 1 must keep the tail too.
+        kept = ((before < bound) | (bound >= 1.0)).at[:, 0].set(True)
+        smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= smallest, logits, -jnp.inf)
+    if min_p is not None:
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+        floor = largest + jnp.log(jnp.asarray(min_p).astype(logits.dtype))
+        logits = jnp.where(logits >= floor, logits, -jnp.inf)
+    return logits
+
+
+def ban_tokens(
+    logits: Float[Array, "B V"], token_ids: tuple[int, ...], where: Bool[Array, ""]
+) -> Float[Array, "B V"]:
+    """Set the logits of `token_ids` to -inf if `where`; the EOS ban of minimum-new-tokens."""
+    banned = jnp.zeros(logits.shape[-1], bool).at[jnp.array(token_ids, int)].set(True)
+    return jnp.where(jnp.broadcast_to(banned & where, logits.shape), -jnp.inf, logits)
+
+
+def sample_tokens(
+    logits: Float[Array, "B V"], noise: Float[Array, "B 2"]
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """One token a row from the softmax of `logits`, by inverse CDF in two levels.
+
+        w = exp(z - max z);   block = first j with C_j > u_0 C_last  (C: running sum of block sums)
+        token = first i in the block with c_i > u_1 c_last           (c: running sum of w)
+        log p = z_token - max z - log C_last
+
+    It reads the vocabulary once and needs two random numbers a token, where Gumbel-max needs V.
+    A token of weight 0 is never drawn.
+
+    Args:
+        logits: tempered and restricted; -inf bans.
+        noise: uniforms in [0, 1).
+
+    Returns:
+        (tokens, logprobs): int32 ids, and nats of what was drawn.
+    """
+    vocabulary = logits.shape[-1]
+    block = min(_BLOCK, vocabulary)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - largest)
+    weights = jnp.pad(weights, ((0, 0), (0, -vocabulary % block)))
+    weights = weights.reshape(weights.shape[0], -1, block)
+    which, total = _first_above(jnp.sum(weights, axis=-1), noise[:, 0])
+    inside = jnp.take_along_axis(weights, which[:, None, None], axis=1)[:, 0]
+    tokens = which * block + _first_above(inside, noise[:, 1])[0]
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return tokens, chosen - largest[:, 0] - jnp.log(total)
+
+
+def _first_above(
+    weights: Float[Array, "B X"], uniform: Float[Array, " B"]
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """(First index whose running sum exceeds `uniform` times the total, the total).
+
+    A parallel running sum adds in another order at every entry: it may rise by a rounding error
+    where the weight is 0, and fall after it. So entries of weight 0 are left out, the total is
+    the largest of the others, and the threshold is kept strictly below it.
+    """
+    running = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
+    total = jnp.max(running, axis=-1)
+    threshold = jnp.minimum(uniform.astype(total.dtype) * total, jnp.nextafter(total, 0.0 * total))
+    above = running > threshold[:, None]
+    return jnp.argmax(above, axis=-1).astype(jnp.int32), total

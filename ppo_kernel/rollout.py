@@ -1,0 +1,129 @@
+"""Stage 1: prompts -> rollout. A batched prefill, then a compiled decode-and-sample loop."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from .config import GenerationConfig
+from .models.base import Cache, Policy
+from .ops.masked import at_least_float32
+from .ops.sampling import ban_tokens, restrict_logits, sample_tokens, sampling_noise
+from .types import Prompts, Rollout, Scalar
+
+
+def generate(
+    policy: Policy,
+    prompts: Prompts,
+    key: Key[Array, ""],
+    *,
+    config: GenerationConfig,
+    temperature: Scalar = 1.0,
+    top_p: Scalar | None = None,
+    min_p: Scalar | None = None,
+    noise: Float[Array, "B T 2"] | None = None,
+) -> Rollout:
+    """Sample responses from the policy.
+
+        z_t = logits_t / temperature
+        a_t ~ softmax(restrict(z_t)),   logprob_t = log softmax(z_t)[a_t]
+
+    Prompts are read once each, then their cache is repeated for the samples. The loop stops as
+    soon as every sequence has ended. Sequence n * G + g is sample g of prompt n, with sample id
+    `prompts.sample_ids[n] * G + g`; its noise depends on the key, that id and t alone.
+
+    Args:
+        policy: see `models.base.Policy`.
+        prompts: left-padded; a prompt without any valid slot is not meaningful.
+        key: consumed; the caller folds the iteration into it.
+        config: lengths, EOS ids, top-k, samples per prompt.
+        temperature: > 0.
+        top_p, min_p: see `restrict_logits`; they restrict sampling only.
+        noise: uniforms in [0, 1) to use instead of those of `key` (as an oracle does).
+
+    Returns:
+        A `Rollout` of B = N * G sequences and T = `config.max_new_tokens` response slots.
+
+    Raises:
+        ValueError: `noise` has another shape than [B, T, 2].
+    """
+    samples, length = config.samples_per_prompt, config.max_new_tokens
+    rows, width = prompts.tokens.shape[0] * samples, prompts.tokens.shape[1]
+    sample_ids = (prompts.sample_ids[:, None] * samples + jnp.arange(samples)[None]).reshape(-1)
+    if noise is None:
+        noise = sampling_noise(key, sample_ids, length)
+    if noise.shape != (rows, length, 2):
+        raise ValueError(f"noise must have shape {(rows, length, 2)}, got {noise.shape}.")
+
+    hidden, cache = policy.prefill(prompts.tokens, prompts.mask, width + length - 1)
+    hidden, cache = (_repeat(x, samples) for x in (hidden, cache))
+    step = policy.decoder()
+
+    def draw(hidden: Float[Array, "B D"], t: Int[Array, ""]):
+        logits = at_least_float32(policy.unembed(hidden))
+        logits = logits / jnp.asarray(temperature).astype(logits.dtype)
+        allowed = logits
+        if config.eos_token_ids and config.min_new_tokens:
+            allowed = ban_tokens(allowed, config.eos_token_ids, t < config.min_new_tokens)
+        allowed = restrict_logits(allowed, top_k=config.top_k, top_p=top_p, min_p=min_p)
+        tokens, behaviour = sample_tokens(allowed, noise[:, t])
+        if allowed is logits:
+            return tokens, behaviour, behaviour
+        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+        return tokens, chosen - jax.nn.logsumexp(logits, axis=-1), behaviour
+
+    def write(hidden, t, done, written):
+        tokens, logprobs, behaviour = draw(hidden, t)
+        entry = (tokens, ~done, logprobs, behaviour)
+        blank = (config.pad_token_id, False, 0.0, 0.0)
+        written = tuple(
+            buffer.at[:, t].set(jnp.where(done, jnp.asarray(empty, buffer.dtype), value))
+            for buffer, value, empty in zip(written, entry, blank, strict=True)
+        )
+        return tokens, done | _is_eos(tokens, config.eos_token_ids), written
+
+    def one_token(carry):
+        t, tokens, cache, done, written = carry
+        hidden, cache = step(tokens, cache)
+        tokens, done, written = write(hidden, t, done, written)
+        return t + 1, tokens, cache, done, written
+
+    def unfinished(carry):
+        t, _, _, done, _ = carry
+        return (t < length) & ~jnp.all(done)
+
+    float_type = jnp.promote_types(hidden.dtype, jnp.float32)
+    written = (
+        jnp.full((rows, length), config.pad_token_id, jnp.int32),
+        jnp.zeros((rows, length), bool),
+        jnp.zeros((rows, length), float_type),
+        jnp.zeros((rows, length), float_type),
+    )
+    first = write(hidden, jnp.zeros((), jnp.int32), jnp.zeros(rows, bool), written)
+    tokens, done, written = first
+    start = (jnp.ones((), jnp.int32), tokens, cache, done, written)
+    _, _, _, done, written = jax.lax.while_loop(unfinished, one_token, start)
+    tokens, mask, logprobs, behaviour_logprobs = written
+    return Rollout(
+        prompt_tokens=_repeat(prompts.tokens, samples),
+        prompt_mask=_repeat(prompts.mask, samples),
+        sample_ids=sample_ids,
+        tokens=tokens,
+        mask=mask,
+        lengths=jnp.sum(mask, axis=1, dtype=jnp.int32),
+        terminated=done,
+        logprobs=logprobs,
+        behaviour_logprobs=behaviour_logprobs,
+    )
+
+
+def _repeat(cache: Cache, samples: int) -> Cache:
+    if samples == 1:
+        return cache
+    return jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0) if x.ndim else x, cache)
+
+
+def _is_eos(tokens: Int[Array, " B"], eos_token_ids: tuple[int, ...]) -> Bool[Array, " B"]:
+    ended = jnp.zeros(tokens.shape, bool)
+    for token_id in eos_token_ids:
+        ended = ended | (tokens == token_id)
+    return ended

@@ -1,0 +1,135 @@
+"""Stage 2: rollout -> what the policy, the reference and the critic say of it, teacher-forced."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from .models.base import Critic, Policy
+from .models.heads import ValueHead
+from .ops.logprobs import logprobs_from_hidden
+from .types import Rollout, Scalar, Scores
+
+
+def full_sequences(rollout: Rollout) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
+    """Prompts and responses side by side: tokens [B, S] and which slots hold one [B, S].
+
+    Response slots count up to `lengths`, whatever the loss mask leaves out.
+    """
+    slots = jnp.arange(rollout.tokens.shape[1])[None]
+    written = slots < rollout.lengths[:, None]
+    tokens = jnp.concatenate([rollout.prompt_tokens, rollout.tokens], axis=1)
+    return tokens, jnp.concatenate([rollout.prompt_mask, written], axis=1)
+
+
+def predicting_slots(x: Float[Array, "B S *rest"], num_tokens: int) -> Float[Array, "B T *rest"]:
+    """The entries that predict the response tokens: slots P - 1 up to S - 2."""
+    start = x.shape[1] - num_tokens - 1
+    return x[:, start : start + num_tokens]
+
+
+def response_logprobs(
+    policy: Policy,
+    rollout: Rollout,
+    hidden: Float[Array, "B S D"],
+    *,
+    temperature: Scalar,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Log-probabilities of the response tokens and entropies, given the policy's hidden states.
+
+    Only response positions pass the output head; see `ops.logprobs.logprobs_from_hidden` for
+    the formulas, arguments and errors.
+
+    Returns:
+        (logprobs, entropies), nats; 0 in slots past the end of a response.
+    """
+    length = rollout.tokens.shape[1]
+    rows = predicting_slots(hidden, length)
+    logprobs, entropies = logprobs_from_hidden(
+        rows, rollout.tokens, policy.unembed, temperature=temperature, chunk_size=chunk_size
+    )
+    written = jnp.arange(length)[None] < rollout.lengths[:, None]
+    return jnp.where(written, logprobs, 0.0), jnp.where(written, entropies, 0.0)
+
+
+def response_values(
+    values: Float[Array, "B S"], rollout: Rollout
+) -> tuple[Float[Array, "B T"], Float[Array, " B"]]:
+    """V_t before each response token, and the value after the last one.
+
+        V_t = value(slot P - 1 + t),   bootstrap = value(slot P - 1 + length)
+
+    Args:
+        values: the critic's, after reading each slot.
+        rollout: says where the response starts and ends.
+
+    Returns:
+        (values [B, T], bootstrap values [B]), reward units.
+    """
+    length = rollout.tokens.shape[1]
+    start = values.shape[1] - length - 1
+    last = jnp.take_along_axis(values, start + rollout.lengths[:, None], axis=1)
+    return predicting_slots(values, length), last[:, 0]
+
+
+def critic_values(
+    critic: Critic | ValueHead,
+    tokens: Int[Array, "B S"],
+    mask: Bool[Array, "B S"],
+    policy_hidden: Callable[[], Float[Array, "B S D"]],
+) -> Float[Array, "B S"]:
+    """Values of a separate critic, or of a `ValueHead` on the policy's hidden states."""
+    if isinstance(critic, ValueHead):
+        return critic(policy_hidden())
+    return critic(tokens, mask)
+
+
+def score(
+    policy: Policy,
+    reference: Policy,
+    critic: Critic | ValueHead,
+    rollout: Rollout,
+    *,
+    temperature: Scalar,
+    chunk_size: int | None = None,
+) -> Scores:
+    """Reference log-probabilities and values of a rollout.
+
+    Args:
+        policy: used only where the critic is a head on its trunk.
+        reference: the frozen policy; tempered like the policy itself.
+        critic: a model [B, S] -> [B, S], or a `ValueHead`.
+        rollout: B sequences.
+        temperature, chunk_size: as in `response_logprobs`.
+
+    Returns:
+        `Scores`, all in at least float32.
+    """
+    tokens, mask = full_sequences(rollout)
+    logprobs, _ = response_logprobs(
+        reference,
+        rollout,
+        reference.hidden(tokens, mask),
+        temperature=temperature,
+        chunk_size=chunk_size,
+    )
+    values = critic_values(critic, tokens, mask, lambda: policy.hidden(tokens, mask))
+    return Scores(logprobs, *response_values(values, rollout))
+
+
+class ModelReward(eqx.Module):
+    """A reward model as a `RewardFn`: its value after the last token of the response.
+
+    A plain `eqx.Module`, so its parameters enter the compiled iteration as arguments. The
+    reward model reads the policy's token ids; one with another tokenizer goes through text,
+    outside the program.
+    """
+
+    model: Critic
+
+    def __call__(self, rollout: Rollout) -> Float[Array, " B"]:
+        """One score a sequence; that of the prompt alone where the response is empty."""
+        _, scores = response_values(self.model(*full_sequences(rollout)), rollout)
+        return scores

@@ -1,0 +1,1 @@
+"""What runs the kernel: supervised fine-tuning, reward model, PPO."""

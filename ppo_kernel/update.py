@@ -1,0 +1,318 @@
+"""Stage 5b: experience -> new train state. Epochs x minibatches x micro-batches, by scan."""
+
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from .config import Hyperparams, IterationConfig
+from .losses import clipped_policy_loss, clipped_value_loss, is_clipped
+from .models.base import Critic, Policy
+from .models.heads import ValueHead
+from .ops.kl import is_clamped, k3
+from .ops.masked import at_least_float32, masked_sum
+from .scoring import critic_values, full_sequences, response_logprobs, response_values
+from .sharding import Pin
+from .types import Experience, Metrics, PolicyLoss, ValueLoss
+
+_Sums = dict[str, Float[Array, ""]]
+
+
+class TrainState(eqx.Module):
+    """Everything an iteration changes, and nothing else.
+
+    `key` is never consumed: the noise of an iteration comes from (key, iteration). `kl_coef` is
+    the controller's coefficient; it follows `Hyperparams.kl_coef` where no target is set.
+    """
+
+    policy: Policy
+    critic: Critic | ValueHead
+    actor_optimizer_state: PyTree
+    critic_optimizer_state: PyTree
+    key: Key[Array, "*runs"]
+    iteration: Int[Array, "*runs"]
+    kl_coef: Float[Array, "*runs"]
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The functions that the update is made of; swapping one is passing another.
+
+    Attributes:
+        actor_optimizer, critic_optimizer: optax transformations that give a *direction*, such
+            as `optax.scale_by_adam()`: sign and learning rate are applied from `Hyperparams`.
+        policy_loss, value_loss: see `types.PolicyLoss` and `types.ValueLoss`.
+    """
+
+    actor_optimizer: optax.GradientTransformation = optax.scale_by_adam(eps=1e-8)
+    critic_optimizer: optax.GradientTransformation = optax.scale_by_adam(eps=1e-8)
+    policy_loss: PolicyLoss = clipped_policy_loss
+    value_loss: ValueLoss = clipped_value_loss
+
+    def init(
+        self,
+        policy: Policy,
+        critic: Critic | ValueHead,
+        key: Key[Array, ""],
+        hyperparams: Hyperparams,
+    ) -> TrainState:
+        """The state before the first iteration. Arrays are copied: an iteration donates its state."""
+
+        def copy(tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, tree)
+
+        return TrainState(
+            policy=copy(policy),
+            critic=copy(critic),
+            actor_optimizer_state=self.actor_optimizer.init(_wide(_trainable(policy))),
+            critic_optimizer_state=self.critic_optimizer.init(_wide(_trainable(critic))),
+            key=jnp.copy(key),
+            iteration=jnp.zeros((), jnp.int32),
+            kl_coef=jnp.copy(hyperparams.kl_coef),
+        )
+
+
+def minibatch_order(
+    key: Key[Array, ""], sample_ids: Int[Array, " B"], num_epochs: int, num_minibatches: int
+) -> Int[Array, "steps M"]:
+    """Which sequences each optimizer step takes: a new permutation every epoch.
+
+    A sequence's place is drawn from (key, epoch, sample id), so the minibatches hold the same
+    samples in whatever order the batch comes.
+
+    Args:
+        key: consumed.
+        sample_ids: distinct.
+        num_epochs, num_minibatches: steps = num_epochs * num_minibatches.
+
+    Raises:
+        ValueError: the number of sequences is not a multiple of `num_minibatches`.
+    """
+    rows = sample_ids.shape[0]
+    if rows % num_minibatches:
+        raise ValueError(
+            f"{rows} sequences do not divide into num_minibatches={num_minibatches}; "
+            "choose a divisor of the batch."
+        )
+
+    def permutation(epoch: Int[Array, ""]) -> Int[Array, " B"]:
+        epoch_key = jax.random.fold_in(key, epoch)
+        draw = jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(epoch_key, i)))
+        return jnp.lexsort((sample_ids, draw(sample_ids)))
+
+    order = jax.vmap(permutation)(jnp.arange(num_epochs))
+    return order.reshape(num_epochs * num_minibatches, rows // num_minibatches)
+
+
+def update(
+    state: TrainState,
+    experience: Experience,
+    key: Key[Array, ""],
+    hyperparams: Hyperparams,
+    *,
+    config: IterationConfig,
+    learner: Learner = Learner(),
+    pin: Pin = lambda tree: tree,
+) -> tuple[TrainState, Metrics]:
+    """All optimizer steps of one iteration.
+
+        loss = sum_t w_t (policy_loss_t + kl_coef k(log pi/ref)_t - entropy_coef H_t + value_coef v_t)
+
+    with the weights w of `config.reduction` over the whole minibatch, so that the sum over
+    micro-batches is exact. Each model: clip by global norm, then x <- x - learning_rate *
+    direction. A non-finite gradient skips its minibatch: parameters, moments and counts stay.
+    Source: Schulman et al. 2017, eq. 9 and algorithm 1.
+
+    Args:
+        state: donated by the compiled iteration.
+        experience: B sequences.
+        key: orders the minibatches; consumed.
+        hyperparams: traced.
+        config: epochs, minibatches, micro-batch size, reduction, KL in the loss.
+        learner: optimizers and losses.
+        pin: pins the leading axis of a tree to the batch axis of a mesh.
+
+    Returns:
+        (state, metrics): the iteration counter and `kl_coef` are left to the caller; metrics
+        are means over valid tokens, or over the applied optimizer steps.
+
+    Raises:
+        ValueError: the batch does not divide into minibatches, or a minibatch into micro-batches.
+    """
+    order = minibatch_order(
+        key, experience.rollout.sample_ids, config.num_epochs, config.num_minibatches
+    )
+    size = config.microbatch_size or order.shape[1]
+    size = min(size, order.shape[1])
+    if order.shape[1] % size:
+        raise ValueError(
+            f"a minibatch of {order.shape[1]} sequences does not divide into micro-batches of "
+            f"{size}; choose a divisor."
+        )
+    models, static = eqx.partition((state.policy, state.critic), eqx.is_inexact_array)
+
+    def one_step(carry, rows: Int[Array, " M"]):
+        models, optimizer_states = carry
+        minibatch = pin(jax.tree.map(lambda x: x[rows], experience))
+        gradients, sums = _gradients(
+            models, static, minibatch, hyperparams, state.kl_coef,
+            config=config, learner=learner, size=size, pin=pin,
+        )  # fmt: skip
+        return _apply(models, optimizer_states, gradients, sums, hyperparams, learner)
+
+    optimizer_states = (state.actor_optimizer_state, state.critic_optimizer_state)
+    carry, sums = jax.lax.scan(one_step, (models, optimizer_states), order)
+    (policy, critic), optimizer_states = eqx.combine(carry[0], static), carry[1]
+    state = TrainState(
+        policy, critic, *optimizer_states, state.key, state.iteration, state.kl_coef
+    )
+    return state, _metrics(sums)
+
+
+def _gradients(models, static, minibatch, hyperparams, kl_coef, *, config, learner, size, pin):
+    """Gradient of the minibatch loss and sums for the metrics, over its micro-batches."""
+    weights = config.reduction(minibatch.rollout.mask)
+
+    def loss(models, part: tuple[Experience, Float[Array, "m T"]]):
+        policy, critic = eqx.combine(models, static)
+        return _loss(policy, critic, *part, hyperparams, kl_coef, config=config, learner=learner)
+
+    def backward(part):
+        gradients, sums = jax.grad(loss, has_aux=True)(models, pin(part))
+        return _wide(gradients), sums
+
+    parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (minibatch, weights))
+    first = jax.tree.map(lambda x: x[0], parts)
+    if weights.shape[0] == size:
+        return backward(first)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(backward, first)
+    )
+    total, _ = jax.lax.scan(
+        lambda total, part: (jax.tree.map(jnp.add, total, backward(part)), None), zeros, parts
+    )
+    return total
+
+
+def _loss(policy, critic, part: Experience, weights, hyperparams, kl_coef, *, config, learner):
+    """Weighted loss of a micro-batch; sums of what the metrics report."""
+    rollout, mask = part.rollout, part.rollout.mask
+    tokens, valid = full_sequences(rollout)
+    hidden = policy.hidden(tokens, valid)
+    logprobs, entropies = response_logprobs(
+        policy, rollout, hidden,
+        temperature=hyperparams.temperature, chunk_size=config.logprob_chunk_size,
+    )  # fmt: skip
+    values, _ = response_values(critic_values(critic, tokens, valid, lambda: hidden), rollout)
+
+    def clean(x: Float[Array, "m T"]) -> Float[Array, "m T"]:
+        # Before any exp or product: 0 * inf at a masked place would poison the gradient.
+        return jnp.where(mask, x, 0.0).astype(logprobs.dtype)
+
+    weights, logprobs, old_logprobs = clean(weights), clean(logprobs), clean(part.old_logprobs)
+    advantages, values, entropies = clean(part.advantages), clean(values), clean(entropies)
+    clip = {
+        "clip_ratio_low": hyperparams.clip_ratio_low,
+        "clip_ratio_high": hyperparams.clip_ratio_high,
+    }
+    policy_losses = learner.policy_loss(
+        logprobs, old_logprobs, advantages, **clip, dual_clip=hyperparams.dual_clip
+    )
+    value_losses = learner.value_loss(
+        values, clean(part.old_values), clean(part.returns), value_clip=hyperparams.value_clip
+    )
+    log_ratios = logprobs - clean(part.reference_logprobs)
+    steps = logprobs - old_logprobs
+    weighted = {
+        "actor_loss": jnp.sum(weights * policy_losses),
+        "critic_loss": jnp.sum(weights * value_losses),
+        "entropy_bonus": jnp.sum(weights * entropies),
+    }
+    loss = (
+        weighted["actor_loss"]
+        + hyperparams.value_coef.astype(weights.dtype) * weighted["critic_loss"]
+        - hyperparams.entropy_coef.astype(weights.dtype) * weighted["entropy_bonus"]
+    )
+    if config.loss_kl is not None:
+        weighted["kl_loss"] = jnp.sum(weights * config.loss_kl(log_ratios))
+        loss = loss + kl_coef.astype(weights.dtype) * weighted["kl_loss"]
+    sums = weighted | {
+        "tokens": masked_sum(jnp.ones_like(logprobs), mask),
+        "entropy": masked_sum(entropies, mask),
+        "approx_kl": masked_sum(k3(-steps), mask),
+        "clip_fraction": masked_sum(
+            is_clipped(logprobs, old_logprobs, advantages, **clip).astype(logprobs.dtype), mask
+        ),
+        "clamped_log_ratios": masked_sum(
+            (is_clamped(steps) | is_clamped(log_ratios)).astype(logprobs.dtype), mask
+        ),
+    }
+    return loss, sums
+
+
+def _apply(models, optimizer_states, gradients, sums, hyperparams, learner):
+    """One optimizer step of both models, or none where a gradient is not finite."""
+    rates = (hyperparams.learning_rate_actor, hyperparams.learning_rate_critic)
+    limits = (hyperparams.max_grad_norm_actor, hyperparams.max_grad_norm_critic)
+    optimizers = (learner.actor_optimizer, learner.critic_optimizer)
+    norms = tuple(optax.global_norm(gradient) for gradient in gradients)
+    applied = jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
+
+    def step(model, state, gradient, norm, rate, limit, optimizer):
+        if limit is not None:
+            scale = jnp.minimum(1.0, limit.astype(norm.dtype) / jnp.maximum(norm, 1e-12))
+            gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
+        direction, new_state = optimizer.update(gradient, state, _wide(model))
+        new_model = jax.tree.map(
+            lambda x, d: (at_least_float32(x) - rate.astype(d.dtype) * d).astype(x.dtype),
+            model,
+            direction,
+        )
+        return _select(applied, (new_model, new_state), (model, state))
+
+    stepped = [
+        step(*arguments)
+        for arguments in zip(
+            models, optimizer_states, gradients, norms, rates, limits, optimizers, strict=True
+        )
+    ]
+    sums = _select(applied, sums, jax.tree.map(jnp.zeros_like, sums))
+    sums["grad_norm_actor"], sums["grad_norm_critic"] = (
+        jnp.where(applied, norm, 0.0) for norm in norms
+    )
+    sums["applied"] = applied.astype(norms[0].dtype)
+    (policy, critic), states = zip(*stepped, strict=True)
+    return ((policy, critic), states), sums
+
+
+def _metrics(sums: _Sums) -> Metrics:
+    """Sums of every step -> means over valid tokens, or over the applied steps."""
+    total = {name: jnp.sum(values) for name, values in sums.items()}
+    steps, applied = sums["applied"].shape[0], total.pop("applied")
+    tokens = jnp.maximum(total.pop("tokens"), 1.0)
+    counters = ("clamped_log_ratios",)
+    per_token = ("entropy", "approx_kl", "clip_fraction")
+
+    def reduced(name: str, value: Float[Array, ""]) -> Float[Array, ""]:
+        if name in counters:
+            return value
+        return value / (tokens if name in per_token else jnp.maximum(applied, 1.0))
+
+    metrics = {name: reduced(name, value) for name, value in total.items()}
+    return metrics | {"skipped_minibatches": steps - applied}
+
+
+def _select(condition: Bool[Array, ""], if_true: PyTree, if_false: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)
+
+
+def _trainable(model: PyTree) -> PyTree:
+    return eqx.filter(model, eqx.is_inexact_array)
+
+
+def _wide(tree: PyTree) -> PyTree:
+    """Gradients and moments are kept in at least float32, whatever the parameters' type."""
+    return jax.tree.map(at_least_float32, tree)
