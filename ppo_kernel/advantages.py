@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .ops.masked import at_least_float32
+from .ops.masked import at_least_float32, wider_type
 from .types import Scalar
 
 
@@ -37,7 +37,7 @@ def gae(
     Returns:
         (advantages, returns), at least float32, 0 where `mask` is false.
     """
-    dtype = jnp.promote_types(at_least_float32(rewards).dtype, values.dtype)
+    dtype = wider_type(at_least_float32(rewards).dtype, values.dtype)
     rewards, values = rewards.astype(dtype), values.astype(dtype)
     gamma, lam = jnp.asarray(gamma, dtype), jnp.asarray(lam, dtype)
 

@@ -5,6 +5,7 @@ batch of them can be vmapped; where one may be None, None switches its term off 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -23,11 +24,11 @@ def _strong_or_none(x: Scalar | None) -> Float[Array, ""] | None:
     return None if x is None else _strong(x)
 
 
-def _required(default: float) -> Float[Array, ""]:
+def _required(default: float) -> Any:
     return eqx.field(default=default, converter=_strong)
 
 
-def _optional(default: float | None = None) -> Float[Array, ""] | None:
+def _optional(default: float | None = None) -> Any:
     return eqx.field(default=default, converter=_strong_or_none)
 
 

@@ -1,10 +1,12 @@
 """Stages 1 to 5 composed: prompts in, a better policy out, in one compiled program."""
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
@@ -13,7 +15,7 @@ from .advantages import gae
 from .config import Hyperparams, IterationConfig
 from .models.base import Policy
 from .ops.kl import is_clamped
-from .ops.masked import at_least_float32, masked_mean, masked_sum, whiten
+from .ops.masked import at_least_float32, masked_mean, masked_sum, whiten, wider_type
 from .rewards import adaptive_kl_coef, token_rewards
 from .rollout import generate
 from .scoring import full_sequences, response_logprobs, score
@@ -232,19 +234,27 @@ def _keys(state: TrainState) -> tuple[Key[Array, ""], Key[Array, ""]]:
 
 
 def _traced_scores(reward: RewardFn, rollout: Rollout) -> Float[Array, "..."]:
+    """Scores of a reward inside the program.
+
+    Raises:
+        ValueError: it needs concrete values, calls back to Python, or has a wrong shape.
+    """
+    remedy = "so it cannot be part of the single program; call it between `collect` and `learn`."
     try:
-        scores = jnp.asarray(reward(rollout))
-    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+        jaxpr = jax.make_jaxpr(lambda rollout: jnp.asarray(reward(rollout)))(rollout)
+    except jax.errors.JAXTypeError as error:
         raise ValueError(
-            f"reward {reward!r} needs concrete values (it runs Python on text or NumPy), so it "
-            "cannot be part of the single program; call it between `collect` and `learn`."
+            f"reward {reward!r} needs concrete values (it runs Python on text or NumPy), {remedy}"
         ) from error
+    if re.search(r"\b(pure|io|debug)_callback\[", str(jaxpr)):
+        raise ValueError(f"reward {reward!r} calls back to Python, {remedy}")
+    (scores,) = jax.extend.core.jaxpr_as_fun(jaxpr)(*jax.tree.leaves(rollout))
     if scores.shape not in (rollout.lengths.shape, rollout.tokens.shape):
         raise ValueError(
             f"reward must return one score a sequence {rollout.lengths.shape} or one a token "
             f"{rollout.tokens.shape}, got shape {scores.shape}."
         )
-    return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    return scores.astype(wider_type(scores.dtype, jnp.float32))
 
 
 def _advance(

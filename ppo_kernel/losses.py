@@ -34,9 +34,9 @@ def clipped_policy_loss(
         dual_clip: > 1, or None.
 
     Returns:
-        Loss per token.
+        Loss per token, at least float32.
     """
-    ratio = jnp.exp(clamp_log_ratio(logprobs - old_logprobs))
+    ratio, advantages = _ratio(logprobs, old_logprobs), at_least_float32(advantages)
     low, high = jnp.asarray(clip_ratio_low, ratio.dtype), jnp.asarray(clip_ratio_high, ratio.dtype)
     clipped = jnp.clip(ratio, 1.0 - low, 1.0 + high)
     loss = jnp.maximum(-advantages * ratio, -advantages * clipped)
@@ -60,7 +60,7 @@ def is_clipped(
 
     Arguments as in `clipped_policy_loss`; its mean over valid tokens is the clip fraction.
     """
-    ratio = jnp.exp(clamp_log_ratio(logprobs - old_logprobs))
+    ratio, advantages = _ratio(logprobs, old_logprobs), at_least_float32(advantages)
     low, high = jnp.asarray(clip_ratio_low, ratio.dtype), jnp.asarray(clip_ratio_high, ratio.dtype)
     return ((advantages > 0) & (ratio > 1.0 + high)) | ((advantages < 0) & (ratio < 1.0 - low))
 
@@ -86,11 +86,19 @@ def clipped_value_loss(
         value_clip: c > 0, in reward units, or None.
 
     Returns:
-        Loss per token.
+        Loss per token, at least float32.
     """
+    values, old_values, returns = map(at_least_float32, (values, old_values, returns))
     loss = jnp.square(values - returns)
     if value_clip is not None:
         bound = jnp.asarray(value_clip, values.dtype)
         near = old_values + jnp.clip(values - old_values, -bound, bound)
         loss = jnp.maximum(loss, jnp.square(near - returns))
     return 0.5 * loss
+
+
+def _ratio(
+    logprobs: Float[Array, "*shape"], old_logprobs: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """exp of the clamped log-ratio, in at least float32."""
+    return jnp.exp(clamp_log_ratio(at_least_float32(logprobs) - at_least_float32(old_logprobs)))

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .ops.masked import at_least_float32
+from .ops.masked import at_least_float32, wider_type
 from .types import KLEstimator, Scalar
 
 
@@ -39,8 +39,8 @@ def token_rewards(
     Returns:
         Rewards [B, T], at least float32, 0 where `mask` is false.
     """
-    scores = at_least_float32(scores)
-    dtype = jnp.promote_types(scores.dtype, log_ratios.dtype)
+    scores, log_ratios = at_least_float32(scores), at_least_float32(log_ratios)
+    dtype = wider_type(scores.dtype, log_ratios.dtype)
     scores = scores.astype(dtype)
     if score_clip is not None:
         bound = jnp.asarray(score_clip, dtype)

@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from .config import GenerationConfig
 from .models.base import Cache, Policy
-from .ops.masked import at_least_float32
+from .ops.masked import at_least_float32, wider_type
 from .ops.sampling import ban_tokens, restrict_logits, sample_tokens, sampling_noise
 from .types import Prompts, Rollout, Scalar
 
@@ -48,7 +48,8 @@ def generate(
     """
     samples, length = config.samples_per_prompt, config.max_new_tokens
     rows, width = prompts.tokens.shape[0] * samples, prompts.tokens.shape[1]
-    sample_ids = (prompts.sample_ids[:, None] * samples + jnp.arange(samples)[None]).reshape(-1)
+    first_ids, offsets = prompts.sample_ids * samples, jnp.arange(samples, dtype=jnp.int32)
+    sample_ids = (first_ids[:, None] + offsets.astype(first_ids.dtype)[None]).reshape(-1)
     if noise is None:
         noise = sampling_noise(key, sample_ids, length)
     if noise.shape != (rows, length, 2):
@@ -91,7 +92,7 @@ def generate(
         t, _, _, done, _ = carry
         return (t < length) & ~jnp.all(done)
 
-    float_type = jnp.promote_types(hidden.dtype, jnp.float32)
+    float_type = wider_type(hidden.dtype, jnp.float32)
     written = (
         jnp.full((rows, length), config.pad_token_id, jnp.int32),
         jnp.zeros((rows, length), bool),

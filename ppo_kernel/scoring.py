@@ -17,7 +17,7 @@ def full_sequences(rollout: Rollout) -> tuple[Int[Array, "B S"], Bool[Array, "B 
 
     Response slots count up to `lengths`, whatever the loss mask leaves out.
     """
-    slots = jnp.arange(rollout.tokens.shape[1])[None]
+    slots = jnp.arange(rollout.tokens.shape[1], dtype=rollout.lengths.dtype)[None]
     written = slots < rollout.lengths[:, None]
     tokens = jnp.concatenate([rollout.prompt_tokens, rollout.tokens], axis=1)
     return tokens, jnp.concatenate([rollout.prompt_mask, written], axis=1)
@@ -50,7 +50,7 @@ def response_logprobs(
     logprobs, entropies = logprobs_from_hidden(
         rows, rollout.tokens, policy.unembed, temperature=temperature, chunk_size=chunk_size
     )
-    written = jnp.arange(length)[None] < rollout.lengths[:, None]
+    written = jnp.arange(length, dtype=rollout.lengths.dtype)[None] < rollout.lengths[:, None]
     return jnp.where(written, logprobs, 0.0), jnp.where(written, entropies, 0.0)
 
 

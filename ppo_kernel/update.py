@@ -18,9 +18,6 @@ from .scoring import critic_values, full_sequences, response_logprobs, response_
 from .sharding import Pin
 from .types import Experience, Metrics, PolicyLoss, ValueLoss
 
-_Sums = dict[str, Float[Array, ""]]
-
-
 class TrainState(eqx.Module):
     """Everything an iteration changes, and nothing else.
 
@@ -258,14 +255,16 @@ def _apply(models, optimizer_states, gradients, sums, hyperparams, learner):
     rates = (hyperparams.learning_rate_actor, hyperparams.learning_rate_critic)
     limits = (hyperparams.max_grad_norm_actor, hyperparams.max_grad_norm_critic)
     optimizers = (learner.actor_optimizer, learner.critic_optimizer)
-    norms = tuple(optax.global_norm(gradient) for gradient in gradients)
+    norms = tuple(optax.tree.norm(gradient) for gradient in gradients)
     applied = jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
 
     def step(model, state, gradient, norm, rate, limit, optimizer):
         if limit is not None:
             scale = jnp.minimum(1.0, limit.astype(norm.dtype) / jnp.maximum(norm, 1e-12))
             gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
-        direction, new_state = optimizer.update(gradient, state, _wide(model))
+        # Optax mixes types on purpose; a caller's strict promotion is for our own code.
+        with jax.numpy_dtype_promotion("standard"):
+            direction, new_state = optimizer.update(gradient, state, _wide(model))
         new_model = jax.tree.map(
             lambda x, d: (at_least_float32(x) - rate.astype(d.dtype) * d).astype(x.dtype),
             model,
@@ -288,7 +287,7 @@ def _apply(models, optimizer_states, gradients, sums, hyperparams, learner):
     return ((policy, critic), states), sums
 
 
-def _metrics(sums: _Sums) -> Metrics:
+def _metrics(sums: dict[str, Float[Array, " steps"]]) -> Metrics:
     """Sums of every step -> means over valid tokens, or over the applied steps."""
     total = {name: jnp.sum(values) for name, values in sums.items()}
     steps, applied = sums["applied"].shape[0], total.pop("applied")

@@ -4,7 +4,7 @@ Every leaf of a model is an array or is left alone: inexact arrays are trained, 
 (integers, functions, settings) is carried along unchanged. Any `eqx.Module` will do.
 """
 
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -16,6 +16,7 @@ rollout can repeat it for the samples of a prompt, whatever is inside.
 """
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """One step of a policy: takes the tokens just drawn, returns what predicts the next ones."""
 
@@ -24,6 +25,7 @@ class Decoder(Protocol):
     ) -> tuple[Float[Array, "B D"], Cache]: ...
 
 
+@runtime_checkable
 class Policy(Protocol):
     """A language model that can be sampled from and trained.
 
@@ -53,6 +55,7 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
 class Critic(Protocol):
     """A model of one number a slot: a value model, or the trunk of a reward model."""
 

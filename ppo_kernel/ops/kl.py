@@ -1,4 +1,6 @@
-"""Estimators of the KL divergence from sampled log-ratios (Schulman 2020, joschu.net/blog/kl-approx).
+"""Estimators of the KL divergence from sampled log-ratios.
+
+Source: Schulman 2020, "Approximating KL Divergence", joschu.net/blog/kl-approx.html.
 
 All of them take x = log policy(token) - log reference(token) of a token drawn from the policy
 and estimate KL(policy || reference). The expectation of the *gradient* is another matter:

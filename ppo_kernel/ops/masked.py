@@ -1,14 +1,22 @@
 """Masked reductions: the only place where a per-token quantity becomes a number."""
 
+import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Inexact
 
 from ..types import Reduction, Scalar
 
 
+def wider_type(first: DTypeLike, second: DTypeLike) -> jnp.dtype:
+    """The type that holds both; a choice, so it is made where implicit promotion is forbidden too."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(first, second)
+
+
 def at_least_float32(x: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`x` in float32, or in its own type where that is wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wider_type(x.dtype, jnp.float32))
 
 
 def masked_sum(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
@@ -50,7 +58,7 @@ def whiten(
     Args:
         x: values, any shape.
         mask: the places that count, same shape.
-        epsilon: added to the variance; keeps constant input at 0.
+        epsilon: added to the variance; keeps (nearly) constant input small.
 
     Returns:
         Same shape, at least float32, 0 where `mask` is false.

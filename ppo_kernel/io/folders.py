@@ -1,0 +1,83 @@
+"""Model folders: reading their JSON files, and replacing their files as late as possible."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def existing_folder(path: str | os.PathLike) -> Path:
+    """The folder at `path`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no folder {str(path)!r}. Models are read from disk and never downloaded: fetch the "
+            "checkpoint first, then pass the folder with its config.json."
+        )
+    return folder
+
+
+def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The object in a JSON file; `default` stands in for a missing file.
+
+    Raises:
+        FileNotFoundError: no file and no default.
+        ValueError: the file is not a JSON object.
+    """
+    if not path.is_file() and default is not None:
+        return default
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}: it is not a model folder.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object.")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object, keys sorted."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def staged(path: str | os.PathLike) -> Iterator[Path]:
+    """A scratch folder; on success its files replace those of the same name at `path`.
+
+    A failure or a kill while the files are written leaves what was at `path` as it was. Other
+    files there stay, except weights that the new ones supersede.
+    """
+    folder = Path(path).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    # Inside the folder, so that moving a file is a rename, never a copy between file systems.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
+        scratch = Path(name)
+        yield scratch
+        _publish(scratch, folder)
+
+
+def _publish(scratch: Path, folder: Path) -> None:
+    new = {file.name for file in scratch.iterdir()}
+    entry = INDEX if INDEX in new else WEIGHTS
+    if entry == INDEX:
+        # Shards are replaced one by one: without the old index nobody can read a mixture.
+        (folder / INDEX).unlink(missing_ok=True)
+    # What a loader looks for comes last: a folder that has it is complete.
+    for file in sorted(new, key=lambda file: file == entry):
+        os.replace(scratch / file, folder / file)
+    if entry in new:
+        for old in (*folder.glob("model*.safetensors"), folder / INDEX):
+            if old.name not in new:
+                old.unlink(missing_ok=True)

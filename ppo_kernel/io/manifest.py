@@ -1,0 +1,107 @@
+"""The JSON files that stand beside the weights in a model folder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..models.families import family_of
+from ..models.family import Family
+from ..models.transformer import TransformerConfig
+from .folders import read_json, write_json
+from .tokenizer import Tokenizer
+
+# Written by transformers for its own use, or in two spellings; ours replace or outlive them.
+_STALE = ("_name_or_path", "transformers_version", "layer_types", "torch_dtype", "dtype")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder says of its model. Entries that we do not use are kept for saving.
+
+    Attributes:
+        family: of the checkpoint.
+        config: config.json.
+        generation: generation_config.json, {} where there is none.
+    """
+
+    family: Family
+    config: dict[str, Any]
+    generation: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """That of a folder.
+
+        Raises:
+            FileNotFoundError: it has no config.json.
+            ValueError: a damaged file, or a model_type that is not known.
+        """
+        config = read_json(folder / "config.json")
+        return cls(family_of(config), config, read_json(folder / "generation_config.json", {}))
+
+    def eos_token_ids(self, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+        """Every id that ends a text: of both files, else the tokenizer's; sorted."""
+        ids = {*_ids(self.config, "eos_token_id"), *_ids(self.generation, "eos_token_id")}
+        if not ids and tokenizer is not None and tokenizer.eos_id is not None:
+            ids = {tokenizer.eos_id}
+        return tuple(sorted(ids))
+
+    def pad_token_id(self, tokenizer: Tokenizer | None) -> int:
+        """The one that is told, else an EOS id, else 0."""
+        told = self._told_pad_id(tokenizer)
+        return (*self.eos_token_ids(tokenizer), 0)[0] if told is None else told
+
+    def write(
+        self,
+        folder: Path,
+        config: TransformerConfig,
+        *,
+        tokenizer: Tokenizer | None,
+        classifier: bool = False,
+    ) -> None:
+        """Write config.json and generation_config.json for a model of these settings.
+
+        Args:
+            folder: exists.
+            config: of the model; decides sizes and type.
+            tokenizer: tells the special ids that the files do not.
+            classifier: one label on top instead of a language model.
+
+        Raises:
+            ValueError: the family cannot express `config`.
+        """
+        ids: dict[str, Any] = {"pad_token_id": self._told_pad_id(tokenizer)}
+        if classifier:
+            # A language model is better without one than with EOS: transformers does not train
+            # the embedding of the pad id. A classifier finds its last token by it.
+            ids["pad_token_id"] = self.pad_token_id(tokenizer)
+        eos = list(self.eos_token_ids(tokenizer))
+        if eos:
+            ids["eos_token_id"] = eos if len(eos) > 1 else eos[0]
+        if tokenizer is not None and tokenizer.bos_id is not None:
+            ids["bos_token_id"] = tokenizer.bos_id
+        family = self.family
+        kept = {key: value for key, value in self.config.items() if key not in _STALE}
+        entries = kept | family.describe(config) | ids | {"model_type": family.model_type}
+        if classifier:
+            entries["architectures"] = [family.classifier]
+            entries |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        else:
+            entries["architectures"] = [family.causal_lm]
+            generation = {k: v for k, v in self.generation.items() if k not in _STALE}
+            write_json(folder / "generation_config.json", generation | ids)
+        write_json(folder / "config.json", entries)
+
+    def _told_pad_id(self, tokenizer: Tokenizer | None) -> int | None:
+        told = (*_ids(self.config, "pad_token_id"), *_ids(self.generation, "pad_token_id"))
+        if told:
+            return told[0]
+        return None if tokenizer is None else tokenizer.pad_id
+
+
+def _ids(entries: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """An entry that is an id, a list of them, or absent (null, or negative in old files)."""
+    found = entries.get(key)
+    ids = found if isinstance(found, (list, tuple)) else () if found is None else (found,)
+    return tuple(int(i) for i in ids if i >= 0)

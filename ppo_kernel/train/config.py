@@ -1,0 +1,232 @@
+"""`PPOConfig`: the familiar flat settings, checked, and turned into those of the kernel."""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import optax
+
+from ..config import GenerationConfig, Hyperparams, IterationConfig
+from ..ops.kl import k1
+from ..types import KLEstimator
+from ..update import Learner
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Settings of a PPO run.
+
+    Attributes:
+        learning_rate_actor, learning_rate_critic: Adam step sizes.
+        learning_rate_schedule: iteration -> factor on both rates; None keeps them.
+        clip_ratio: the ratio is clipped to [1 - clip_ratio, 1 + clip_ratio_high].
+        clip_ratio_high: None takes `clip_ratio`.
+        dual_clip, value_clip: see `Hyperparams`; None switches one off.
+        gamma, lambda_gae: discount and GAE's lambda.
+        num_ppo_epochs: passes over a batch.
+        train_batch_size: sequences an iteration (prompts * samples_per_prompt).
+        num_minibatches: optimizer steps an epoch.
+        per_device_batch_size: sequences a device takes at a time; less than its share of a
+            minibatch means gradient accumulation. It never changes the result.
+        sft_model_path, reward_model_path: model folders; the caller loads them.
+        kl_coeff: weight of the KL penalty (its start where `kl_target` is set).
+        kl_target, kl_horizon: adaptive coefficient: nats a sequence, and sequences.
+        kl_estimator: k1, k2, k3 of `ppo_kernel.ops.kl`, or your own.
+        kl_in_loss: the penalty is a loss term instead of a part of the rewards.
+        max_seq_len: bound on prompt + response tokens.
+        max_new_tokens: response tokens; None takes what the prompt leaves of `max_seq_len`.
+        min_new_tokens, samples_per_prompt, temperature, top_k, top_p, min_p: sampling.
+        entropy_coeff, value_coeff, max_grad_norm: see `Hyperparams`; the norm is clipped for
+            actor and critic each.
+        missing_eos_penalty, score_clip: see `Hyperparams`.
+        whiten_advantages, bootstrap_truncated, recompute_old_logprobs, logprob_chunk_size: see
+            `IterationConfig`.
+        weight_decay: decoupled, on the actor and the critic.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    learning_rate_actor: float = 1e-5
+    learning_rate_critic: float = 1e-5
+    learning_rate_schedule: Callable[[int], float] | None = None
+    clip_ratio: float = 0.2
+    clip_ratio_high: float | None = None
+    dual_clip: float | None = None
+    value_clip: float | None = 0.2
+    gamma: float = 1.0
+    lambda_gae: float = 0.95
+    num_ppo_epochs: int = 4
+    train_batch_size: int = 64
+    num_minibatches: int = 1
+    per_device_batch_size: int | None = None
+    sft_model_path: str | os.PathLike | None = None
+    reward_model_path: str | os.PathLike | None = None
+    kl_coeff: float = 0.05
+    kl_target: float | None = None
+    kl_horizon: float = 10_000.0
+    kl_estimator: KLEstimator = k1
+    kl_in_loss: bool = False
+    max_seq_len: int = 512
+    max_new_tokens: int | None = None
+    min_new_tokens: int = 0
+    samples_per_prompt: int = 1
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    entropy_coeff: float = 0.0
+    value_coeff: float = 1.0
+    max_grad_norm: float | None = 1.0
+    missing_eos_penalty: float = 0.0
+    score_clip: float | None = None
+    whiten_advantages: bool = True
+    bootstrap_truncated: bool = False
+    recompute_old_logprobs: bool = False
+    logprob_chunk_size: int | None = None
+    weight_decay: float = 0.0
+
+    def __post_init__(self):
+        for names, low, high, strict in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if value is None:
+                    continue
+                inside = (low < value if strict else low <= value) and value <= high
+                if not (math.isfinite(value) and inside):
+                    raise ValueError(
+                        f"{name} must be finite, {'above' if strict else 'at least'} {low:g}"
+                        f"{'' if high == math.inf else f' and at most {high:g}'}, got {value!r}."
+                    )
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        if self.train_batch_size % (self.samples_per_prompt * self.num_minibatches):
+            raise ValueError(
+                f"train_batch_size={self.train_batch_size} is not a multiple of "
+                f"samples_per_prompt={self.samples_per_prompt} * "
+                f"num_minibatches={self.num_minibatches}."
+            )
+        if self.max_new_tokens is not None and self.max_new_tokens >= self.max_seq_len:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in "
+                f"max_seq_len={self.max_seq_len}."
+            )
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts an iteration."""
+        return self.train_batch_size // self.samples_per_prompt
+
+    def hyperparams(self, iteration: int = 0) -> Hyperparams:
+        """The traced settings of an iteration."""
+        schedule = self.learning_rate_schedule
+        factor = 1.0 if schedule is None else float(schedule(iteration))
+        high = self.clip_ratio if self.clip_ratio_high is None else self.clip_ratio_high
+        return Hyperparams(
+            learning_rate_actor=self.learning_rate_actor * factor,
+            learning_rate_critic=self.learning_rate_critic * factor,
+            clip_ratio_low=self.clip_ratio,
+            clip_ratio_high=high,
+            dual_clip=self.dual_clip,
+            value_clip=self.value_clip,
+            gamma=self.gamma,
+            lam=self.lambda_gae,
+            kl_coef=self.kl_coeff,
+            kl_target=self.kl_target,
+            kl_horizon=self.kl_horizon,
+            entropy_coef=self.entropy_coeff,
+            value_coef=self.value_coeff,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            max_grad_norm_actor=self.max_grad_norm,
+            max_grad_norm_critic=self.max_grad_norm,
+            missing_eos_penalty=self.missing_eos_penalty,
+            score_clip=self.score_clip,
+        )
+
+    def generation(
+        self, prompt_width: int, eos_token_ids: tuple[int, ...], pad_token_id: int
+    ) -> GenerationConfig:
+        """Settings of the rollout for prompts of `prompt_width` slots.
+
+        Raises:
+            ValueError: prompt and response do not fit into `max_seq_len`.
+        """
+        room = self.max_seq_len - prompt_width
+        new_tokens = room if self.max_new_tokens is None else self.max_new_tokens
+        if room < new_tokens or room < 1:
+            raise ValueError(
+                f"prompts of {prompt_width} slots and max_new_tokens={self.max_new_tokens} do not "
+                f"fit into max_seq_len={self.max_seq_len}; shorten the prompts or raise it."
+            )
+        return GenerationConfig(
+            max_new_tokens=new_tokens,
+            eos_token_ids=eos_token_ids,
+            pad_token_id=pad_token_id,
+            min_new_tokens=self.min_new_tokens,
+            top_k=self.top_k,
+            samples_per_prompt=self.samples_per_prompt,
+        )
+
+    def iteration(self, generation: GenerationConfig, num_devices: int = 1) -> IterationConfig:
+        """Static settings of the iteration.
+
+        Raises:
+            ValueError: a minibatch does not divide into `per_device_batch_size` on all devices.
+        """
+        minibatch = self.train_batch_size // self.num_minibatches
+        size = None
+        if self.per_device_batch_size is not None:
+            size = min(self.per_device_batch_size * num_devices, minibatch)
+            if minibatch % size:
+                raise ValueError(
+                    f"a minibatch of {minibatch} sequences does not divide into micro-batches of "
+                    f"per_device_batch_size={self.per_device_batch_size} on {num_devices} devices."
+                )
+        return IterationConfig(
+            generation=generation,
+            num_epochs=self.num_ppo_epochs,
+            num_minibatches=self.num_minibatches,
+            microbatch_size=size,
+            reward_kl=None if self.kl_in_loss else self.kl_estimator,
+            loss_kl=self.kl_estimator if self.kl_in_loss else None,
+            whiten_advantages=self.whiten_advantages,
+            bootstrap_truncated=self.bootstrap_truncated,
+            recompute_old_logprobs=self.recompute_old_logprobs,
+            logprob_chunk_size=self.logprob_chunk_size,
+        )
+
+    def learner(self) -> Learner:
+        """Adam directions, with decoupled weight decay where asked for."""
+
+        def optimizer() -> optax.GradientTransformation:
+            if self.weight_decay == 0.0:
+                return optax.scale_by_adam()
+            return optax.chain(
+                optax.scale_by_adam(), optax.add_decayed_weights(self.weight_decay)
+            )
+
+        return Learner(actor_optimizer=optimizer(), critic_optimizer=optimizer())
+
+
+_RANGES = (
+    (("learning_rate_actor", "learning_rate_critic", "kl_coeff", "value_coeff"), 0, math.inf, False),
+    (("clip_ratio_high", "weight_decay"), 0, math.inf, False),
+    (("clip_ratio",), 0, 1, False),
+    (("gamma", "lambda_gae", "min_p"), 0, 1, False),
+    (("top_p",), 0, 1, True),
+    (("temperature", "kl_target", "kl_horizon", "value_clip"), 0, math.inf, True),
+    (("max_grad_norm", "score_clip"), 0, math.inf, True),
+    (("dual_clip",), 1, math.inf, True),
+    (("entropy_coeff", "missing_eos_penalty"), -math.inf, math.inf, False),
+)
+"""(settings, low, high, whether low itself is refused)."""
+
+_COUNTS = (
+    "num_ppo_epochs", "train_batch_size", "num_minibatches", "per_device_batch_size",
+    "samples_per_prompt", "max_seq_len", "max_new_tokens", "top_k",
+)  # fmt: skip

@@ -1,0 +1,267 @@
+"""The familiar surface: a trainer over the pure functions, a few lines each."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ..io.checkpoint import load_checkpoint, save_checkpoint
+from ..io.tokenizer import Tokenizer
+from ..iteration import CompiledIteration, compile_iteration
+from ..models.heads import ValueModel
+from ..scoring import ModelReward, full_sequences
+from ..sharding import make_mesh, place
+from ..types import Prompts, RewardFn, Rollout
+from .config import PPOConfig
+from .pretrained import CausalLM, RewardModel
+
+TextReward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+"""(prompts, responses) as text -> one score a response; plain Python."""
+
+
+@dataclass(frozen=True)
+class PythonReward:
+    """A reward that is plain Python: it runs between the two compiled halves.
+
+    Attributes:
+        score: (prompts, responses) -> one finite float a response.
+        tokenizer: turns the rollout's ids into text; None takes the policy's.
+    """
+
+    score: TextReward
+    tokenizer: Tokenizer | None = None
+
+    def __call__(self, rollout: Rollout) -> Float[Array, " B"]:
+        """Scores of a concrete rollout.
+
+        Raises:
+            ValueError: there is no tokenizer, or a wrong number of scores, or one not finite.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this PythonReward has no tokenizer; pass PythonReward(score, tokenizer).")
+        prompts = decode(self.tokenizer, rollout.prompt_tokens, rollout.prompt_mask)
+        responses = decode(self.tokenizer, rollout.tokens, rollout.mask)
+        scores = np.asarray(self.score(prompts, responses), np.float64)
+        if scores.shape != (len(responses),):
+            raise ValueError(
+                f"the reward returned shape {scores.shape} for {len(responses)} responses; "
+                "it must return one float for each."
+            )
+        if not np.isfinite(scores).all():
+            index = int(np.argmin(np.isfinite(scores)))
+            raise ValueError(
+                f"the reward returned {scores[index]} for response {index}: {responses[index]!r}; "
+                "return a finite float."
+            )
+        return jnp.asarray(scores, jnp.result_type(float))
+
+
+def decode(
+    tokenizer: Tokenizer, tokens: Int[Array, "B X"], mask: Bool[Array, "B X"]
+) -> list[str]:
+    """The text of the valid tokens of each row."""
+    rows, masks = np.asarray(tokens), np.asarray(mask)
+    return [tokenizer.decode(row[valid]) for row, valid in zip(rows, masks, strict=True)]
+
+
+class PPOBatch(eqx.Module):
+    """Prompts as a data loader gives them: padded on either side, `attention_mask` says where."""
+
+    input_ids: Int[Array, "N P"] | Int[np.ndarray, "N P"]
+    attention_mask: Int[Array, "N P"] | Bool[Array, "N P"] | Int[np.ndarray, "N P"] | Bool[np.ndarray, "N P"]  # fmt: skip
+
+    def prompts(self) -> Prompts:
+        """The same prompts left-padded, numbered by their place in the batch.
+
+        Raises:
+            ValueError: the shapes differ, or a prompt has no token.
+        """
+        tokens, mask = np.asarray(self.input_ids), np.asarray(self.attention_mask).astype(bool)
+        if tokens.shape != mask.shape or tokens.ndim != 2:
+            raise ValueError(
+                f"input_ids {tokens.shape} and attention_mask {mask.shape} must be [N, P] alike."
+            )
+        if not mask.any(axis=1).all():
+            row = int(np.argmin(mask.any(axis=1)))
+            raise ValueError(f"prompt {row} has no token: its attention_mask is all zero.")
+        # A stable sort by the mask moves padding to the left and keeps the order of tokens.
+        order = np.argsort(mask, axis=1, kind="stable")
+        return Prompts(
+            jnp.asarray(np.take_along_axis(tokens, order, axis=1), jnp.int32),
+            jnp.asarray(np.take_along_axis(mask, order, axis=1)),
+            jnp.arange(tokens.shape[0], dtype=jnp.int32),
+        )
+
+
+@dataclass(frozen=True)
+class PPOActorCritic:
+    """The models of a run: policy, frozen reference, critic, reward.
+
+    The critic starts on the reward model's trunk where that has the policy's tokenizer, else on
+    the policy's; its head starts at zero.
+
+    Attributes:
+        policy_model: the SFT model; also the reference.
+        reward_model: a `RewardModel`, a JAX `RewardFn`, or a `PythonReward`.
+        config: settings of the run.
+        critic_model: a critic of your own (`models.base.Critic`).
+    """
+
+    policy_model: CausalLM
+    reward_model: RewardModel | RewardFn | PythonReward
+    config: PPOConfig
+    critic_model: Callable | None = None
+
+    @property
+    def critic(self) -> Callable:
+        """The critic before the first update."""
+        if self.critic_model is not None:
+            return self.critic_model
+        reward = self.reward_model
+        if isinstance(reward, RewardModel) and self.shares_tokenizer:
+            return ValueModel.on(reward.model.trunk)
+        return ValueModel.on(self.policy_model.model.trunk)
+
+    @property
+    def shares_tokenizer(self) -> bool:
+        """Whether the reward model reads the policy's token ids."""
+        ours, theirs = self.policy_model.tokenizer, self.reward_model.tokenizer
+        return ours is None or theirs is None or ours == theirs
+
+    def reward(self) -> RewardFn | PythonReward:
+        """The reward as the iteration takes it: in the program, or `PythonReward`."""
+        reward = self.reward_model
+        if isinstance(reward, PythonReward) and reward.tokenizer is None:
+            return PythonReward(reward.score, self.policy_model.tokenizer)
+        if not isinstance(reward, RewardModel):
+            return reward
+        if self.shares_tokenizer:
+            return ModelReward(reward.model)
+        return PythonReward(reward.score_texts, self.policy_model.tokenizer)
+
+
+class PPOTrainer:
+    """Runs PPO iterations on one device, or on all of them along the batch.
+
+    Args:
+        config: settings.
+        actor_critic_model: the models.
+        rng_key: a typed key, `jax.random.key(seed)`; everything random follows from it.
+        mesh: devices to run on; all by default.
+
+    Raises:
+        ValueError: the batch does not divide over the devices, or a legacy key.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: PPOConfig,
+        actor_critic_model: PPOActorCritic,
+        rng_key: Key[Array, ""],
+        mesh: Mesh | None = None,
+    ):
+        if not jax.dtypes.issubdtype(rng_key.dtype, jax.dtypes.prng_key):
+            raise ValueError("rng_key must be a typed key: jax.random.key(seed), not PRNGKey.")
+        if mesh is None and jax.device_count() > 1:
+            mesh = make_mesh()
+        self.config, self.mesh = config, mesh
+        self.num_devices = 1 if mesh is None else mesh.size
+        minibatch = config.train_batch_size // config.num_minibatches
+        for name, count in (("prompts", config.num_prompts), ("sequences a minibatch", minibatch)):
+            if count % self.num_devices:
+                raise ValueError(
+                    f"{count} {name} do not divide over {self.num_devices} devices; change "
+                    "train_batch_size or pass mesh=make_mesh(fewer)."
+                )
+        self.policy_model = actor_critic_model.policy_model
+        self.learner = config.learner()
+        state = self.learner.init(
+            self.policy_model.model, actor_critic_model.critic, rng_key, config.hyperparams()
+        )
+        self.state = place(state, mesh, "parameter")
+        self.reference = place(self.policy_model.model, mesh, "parameter")
+        self.reward = actor_critic_model.reward()
+        if not isinstance(self.reward, PythonReward):
+            self.reward = place(self.reward, mesh, "parameter")
+        self.last_rollout: Rollout | None = None
+        self._compiled: dict[int, CompiledIteration] = {}
+
+    @property
+    def iteration(self) -> int:
+        """Iterations done."""
+        return int(self.state.iteration)
+
+    def train_step(self, batch: PPOBatch) -> dict[str, float]:
+        """One PPO iteration on a batch of `train_batch_size / samples_per_prompt` prompts.
+
+        A new prompt width compiles a new program; pad to few widths.
+
+        Returns:
+            The metrics, see docs/metrics.md.
+
+        Raises:
+            ValueError: a wrong number of prompts, prompts too long, a score that is not finite.
+        """
+        prompts = batch.prompts()
+        if prompts.tokens.shape[0] != self.config.num_prompts:
+            raise ValueError(
+                f"the batch has {prompts.tokens.shape[0]} prompts; train_batch_size="
+                f"{self.config.train_batch_size} with samples_per_prompt="
+                f"{self.config.samples_per_prompt} takes {self.config.num_prompts}."
+            )
+        compiled = self._iteration(prompts.tokens.shape[1])
+        prompts = place(prompts, self.mesh, "batch")
+        hyperparams = place(self.config.hyperparams(self.iteration), self.mesh, "parameter")
+        inputs = (self.reference, prompts, hyperparams)
+        if isinstance(self.reward, PythonReward):
+            collected = compiled.collect(self.state, *inputs)
+            self.last_rollout = collected.rollout
+            scores = place(self.reward(collected.rollout), self.mesh, "batch")
+            self.state, metrics = compiled.learn(self.state, collected, scores, hyperparams)
+        else:
+            self.state, metrics = compiled.step(self.state, *inputs, self.reward)
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if metrics["nonfinite_scores"]:
+            raise ValueError(
+                f"the reward gave {metrics['nonfinite_scores']:.0f} scores that are not finite in "
+                f"iteration {self.iteration}; its minibatches were skipped."
+            )
+        return metrics
+
+    def save_checkpoint(self, path: str | os.PathLike) -> None:
+        """Write the whole training state: models, moments, counters, key."""
+        save_checkpoint(path, self.state)
+
+    def load_checkpoint(self, path: str | os.PathLike) -> None:
+        """Go on from a checkpoint of the same models and settings, bit for bit.
+
+        Raises:
+            ValueError: no checkpoint there, or one of other models.
+        """
+        self.state = load_checkpoint(path, self.state)
+
+    def save_model(self, path: str | os.PathLike) -> None:
+        """Write the policy as a Hugging Face folder."""
+        self.policy.save_pretrained(path)
+
+    @property
+    def policy(self) -> CausalLM:
+        """The policy as it is now."""
+        return self.policy_model.with_model(self.state.policy)
+
+    def _iteration(self, width: int) -> CompiledIteration:
+        if width not in self._compiled:
+            model = self.policy_model
+            generation = self.config.generation(width, model.eos_token_ids, model.pad_token_id)
+            config = self.config.iteration(generation, self.num_devices)
+            self._compiled[width] = compile_iteration(
+                config=config, learner=self.learner, mesh=self.mesh
+            )
+        return self._compiled[width]

@@ -1,0 +1,80 @@
+"""The stages of a run: what they report, and the PPO stage itself."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..io.tokenizer import left_pad
+from ..models.base import Policy
+from .display import Display
+from .ppo import PPOBatch, PPOTrainer
+from .run_folder import RunFolder
+from .supervised import Report
+
+Evaluate = Callable[[Policy], dict[str, float]]
+"""policy -> metrics on held-out prompts."""
+
+
+def reporter(stage: str, num_steps: int, *, display: Display, run: RunFolder) -> Report:
+    """Begin a supervised stage; what `fit` calls to show and to record its metrics."""
+    display.stage(stage, num_steps)
+
+    def report(step: int, metrics: dict[str, float]) -> None:
+        display.update(stage, step, metrics)
+        run.metrics(stage.replace(" ", "_"), step, metrics)
+
+    return report
+
+
+def prompt_batches(
+    prompts: Sequence[Sequence[int]], batch_size: int, *, pad_id: int, width: int, seed: int
+) -> Iterator[PPOBatch]:
+    """Endless batches of prompts, every one once an epoch, in a new order each.
+
+    Raises:
+        ValueError: there are fewer prompts than a batch takes.
+    """
+    if len(prompts) < batch_size:
+        raise ValueError(f"{len(prompts)} prompts do not fill one batch of {batch_size}.")
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(len(prompts))
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            rows = [prompts[i] for i in order[start : start + batch_size]]
+            tokens, mask = left_pad(rows, pad_id=pad_id, width=width)
+            yield PPOBatch(jnp.asarray(tokens), jnp.asarray(mask))
+
+
+def ppo_stage(
+    trainer: PPOTrainer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    width: int,
+    num_iterations: int,
+    display: Display,
+    run: RunFolder,
+    seed: int,
+    evaluate: Evaluate | None = None,
+    evaluate_every: int = 10,
+) -> None:
+    """Run `num_iterations` of PPO, recording each."""
+    config = trainer.config
+    data = prompt_batches(
+        prompts, config.num_prompts, pad_id=trainer.policy_model.pad_token_id, width=width,
+        seed=seed,
+    )  # fmt: skip
+    display.stage("ppo", num_iterations)
+    judged: dict[str, float] = {}
+    for step in range(1, num_iterations + 1):
+        start = time.perf_counter()
+        metrics = trainer.train_step(next(data))
+        seconds = time.perf_counter() - start
+        tokens = metrics["response_length"] * config.train_batch_size
+        metrics |= {"tokens_per_second": tokens / seconds, "reward": metrics["mean_reward"]}
+        if evaluate is not None and (step % evaluate_every == 0 or step == num_iterations):
+            judged = evaluate(trainer.policy.model)
+            metrics |= judged
+        run.metrics("ppo", step, metrics)
+        display.update("ppo", step, metrics | judged)

@@ -1,0 +1,1 @@
+"""Whole jobs on real input: data, supervised stages, PPO, evaluation."""

@@ -1,0 +1,244 @@
+"""The laws of the iteration, each against the shipped code. Law 5 is in test_advantages.py."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from ppo_kernel.config import Hyperparams
+from ppo_kernel.iteration import compile_iteration, ppo_iteration
+from ppo_kernel.rollout import generate
+from ppo_kernel.scoring import full_sequences, response_logprobs
+from ppo_kernel.sharding import make_mesh, place
+from ppo_kernel.types import Prompts
+
+GENERATE = eqx.filter_jit(generate)
+SAMPLING = {
+    "plain": ({}, {}),
+    "tempered": ({}, {"temperature": 0.7}),
+    "top-k": ({"top_k": 3}, {"temperature": 1.3}),
+    "top-p": ({}, {"top_p": 0.6}),
+    "min-p": ({}, {"min_p": 0.2}),
+    "all": ({"top_k": 5, "min_new_tokens": 2}, {"top_p": 0.8, "min_p": 0.05, "temperature": 0.9}),
+}
+POLICIES = {
+    "llama": lambda: tiny.language_model(),
+    "tied": lambda: tiny.language_model(tie_embeddings=True),
+    "qwen2": lambda: _with_biases(tiny.language_model(qkv_bias=True)),
+    "qwen3": lambda: tiny.language_model(qk_norm=True),
+    "recurrent": lambda: tiny.RecurrentPolicy(jax.random.key(0)),
+}
+
+
+def _with_biases(model):
+    attention = model.trunk.blocks.attention
+    layers = [attention.query, attention.key, attention.value]
+    keys = jax.random.split(jax.random.key(9), 3)
+    biases = [jax.random.normal(k, x.bias.shape) for k, x in zip(keys, layers, strict=True)]
+    return eqx.tree_at(
+        lambda m: [getattr(m.trunk.blocks.attention, n).bias for n in ("query", "key", "value")],
+        model,
+        biases,
+    )
+
+
+def assert_trees_close(a, b, tolerance: float):
+    """Every leaf within `tolerance` of the leaf's norm."""
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            continue
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        worst = np.abs(x - y).max() / max(np.linalg.norm(y), 1e-30) if x.size else 0.0
+        assert worst <= tolerance, f"{jax.tree_util.keystr(path)} differs by {worst} of its norm"
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["rollout", "recomputed"])
+@pytest.mark.parametrize("name", SAMPLING)
+def test_law_1_unchanged_parameters_have_no_kl(name, recompute):
+    static, traced = SAMPLING[name]
+    hyperparams, policy = Hyperparams(**traced), tiny.language_model()
+    config = tiny.iteration_config(tiny.generation(**static), recompute_old_logprobs=recompute)
+    state = tiny.start(hyperparams, policy=policy)
+    collected = compile_iteration(config=config).collect(
+        state, policy, tiny.prompts(), hyperparams
+    )
+    log_ratios = collected.old_logprobs - collected.scores.reference_logprobs
+    assert float(jnp.max(jnp.abs(log_ratios))) <= (0.0 if recompute else 2e-5)
+    restricted = collected.rollout.behaviour_logprobs - collected.rollout.logprobs
+    assert float(restricted.min()) >= -1e-5, "a restriction can only make a token more likely"
+    assert (float(restricted.max()) > 0.01) == (name not in ("plain", "tempered"))
+
+
+def test_law_1_unchanged_parameters_have_ratio_one():
+    static, traced = SAMPLING["all"]
+    hyperparams = Hyperparams(learning_rate_actor=0.0, learning_rate_critic=0.0, **traced)
+    policy, config = tiny.language_model(), tiny.iteration_config(tiny.generation(**static))
+    state = tiny.start(hyperparams, policy=policy)
+    _, metrics = tiny.one_step(state, policy, tiny.prompts(), hyperparams, config)
+    assert abs(float(metrics["kl_divergence"])) <= 1e-4
+    assert float(metrics["approx_kl"]) <= 1e-9
+    assert float(metrics["clip_fraction"]) == 0.0
+    assert float(metrics["skipped_minibatches"]) == 0.0
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_law_2_cached_decode_is_the_teacher_forced_forward(name, float64):
+    policy = POLICIES[name]()
+    config = tiny.generation(samples_per_prompt=2, max_new_tokens=6)
+    rollout = GENERATE(policy, tiny.prompts(), jax.random.key(0), config=config, temperature=0.8)
+    hidden = policy.hidden(*full_sequences(rollout))
+    logprobs, _ = response_logprobs(policy, rollout, hidden, temperature=0.8)
+    assert int(rollout.lengths.min()) < 6, "some response should end early"
+    np.testing.assert_allclose(rollout.logprobs, logprobs, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_law_2_padding_pad_id_and_neighbours_change_nothing(name, float64):
+    policy, key = POLICIES[name](), jax.random.key(0)
+    base = GENERATE(policy, tiny.prompts(), key, config=tiny.generation())
+    wide = GENERATE(policy, tiny.prompts(width=7), key, config=tiny.generation())
+    # The pad id may equal EOS, or any token that means something.
+    other = GENERATE(
+        policy, tiny.prompts(pad=5), key, config=tiny.generation(pad_token_id=tiny.EOS)
+    )
+    alone = jax.tree.map(lambda x: x[2:3], tiny.prompts())
+    single = GENERATE(policy, alone, key, config=tiny.generation())
+    for variant in (wide, other):
+        np.testing.assert_array_equal(base.mask, variant.mask)
+        np.testing.assert_array_equal(base.tokens[base.mask], variant.tokens[variant.mask])
+        np.testing.assert_allclose(base.logprobs, variant.logprobs, atol=1e-12)
+    np.testing.assert_array_equal(base.tokens[2:3], single.tokens)
+    np.testing.assert_allclose(base.logprobs[2:3], single.logprobs, atol=1e-12)
+
+
+def _updated(batch, config, mesh=None):
+    hyperparams = Hyperparams(learning_rate_actor=1e-2, learning_rate_critic=1e-2, entropy_coef=0.01)
+    policy = tiny.language_model()
+    state = place(tiny.start(hyperparams, policy=policy), mesh, "parameter")
+    inputs = (place(policy, mesh, "parameter"), place(batch, mesh, "batch"))
+    return tiny.one_step(
+        state, *inputs, place(hyperparams, mesh, "parameter"), config, mesh=mesh
+    )
+
+
+def test_law_3_microbatches_padding_and_batch_order_do_not_change_the_update(float64):
+    batch = tiny.prompts()
+    state, metrics = _updated(batch, tiny.iteration_config())
+    shuffled = jax.tree.map(lambda x: x[::-1], batch)
+    small_config = tiny.iteration_config(microbatch_size=1, logprob_chunk_size=3)
+    variants = {
+        "micro-batches of 2, another order": _updated(
+            shuffled, tiny.iteration_config(microbatch_size=2)
+        ),
+        "micro-batches of 1, more padding, chunks": _updated(tiny.prompts(width=6), small_config),
+    }
+    moved = jax.tree.map(lambda a, b: a - b, state.policy, tiny.language_model())
+    assert max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(moved)) > 1e-3
+    for other_state, other_metrics in variants.values():
+        assert_trees_close(other_state, state, 1e-9)
+        assert_trees_close(other_metrics, metrics, 1e-9)
+
+
+def test_law_3_one_device_and_eight_give_the_same_update(float64):
+    batch = tiny.prompts()
+    state, metrics = _updated(batch, tiny.iteration_config(num_minibatches=1))
+    sharded, sharded_metrics = _updated(
+        batch, tiny.iteration_config(num_minibatches=1), make_mesh(8)
+    )
+    assert_trees_close(sharded, state, 1e-9)
+    assert_trees_close(sharded_metrics, metrics, 1e-9)
+
+
+def test_law_3_eight_devices_accumulate_in_float32():
+    """A float32 update: the same gradients to rounding, seen through the metrics and one step."""
+    batch, config = tiny.prompts(), tiny.iteration_config(num_epochs=1, num_minibatches=1)
+    _, metrics = _updated(batch, config)
+    _, sharded = _updated(batch, dataclasses.replace(config, microbatch_size=8), make_mesh(8))
+    for name in metrics:
+        np.testing.assert_allclose(sharded[name], metrics[name], rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["llama", "recurrent"])
+def test_law_4_a_completion_depends_on_its_own_coordinates_alone(name, float64):
+    policy, batch, key = POLICIES[name](), tiny.prompts(), jax.random.key(1)
+    config = tiny.generation(samples_per_prompt=2)
+    base = GENERATE(policy, batch, key, config=config)
+    order = jnp.array([5, 0, 7, 2])
+    part = jax.tree.map(lambda x: x[order], batch)
+    moved = GENERATE(policy, part, key, config=config)
+    rows = (order[:, None] * 2 + jnp.arange(2)[None]).reshape(-1)
+    np.testing.assert_array_equal(moved.tokens, base.tokens[rows])
+    np.testing.assert_array_equal(moved.sample_ids, base.sample_ids[rows])
+    renamed = Prompts(batch.tokens, batch.mask, batch.sample_ids + 1)
+    assert (GENERATE(policy, renamed, key, config=config).tokens != base.tokens).any()
+
+
+def test_law_4_iterations_do_not_repeat_their_noise(float64):
+    hyperparams = Hyperparams(learning_rate_actor=0.0, learning_rate_critic=0.0)
+    policy, config = tiny.language_model(), tiny.iteration_config(num_epochs=1)
+    state = tiny.start(hyperparams, policy=policy)
+    inputs = (policy, tiny.prompts(), hyperparams)
+    compiled = compile_iteration(config=config)
+    first = compiled.collect(state, *inputs)
+    state, _ = compiled.step(state, *inputs, tiny.even_tokens)
+    second = compiled.collect(state, *inputs)
+    assert (first.rollout.tokens != second.rollout.tokens).any()
+
+
+def test_law_8_collect_then_learn_is_the_single_program(float64):
+    hyperparams = Hyperparams(learning_rate_actor=1e-2, learning_rate_critic=1e-2)
+    policy, batch = tiny.language_model(), tiny.prompts()
+    config = tiny.iteration_config(tiny.generation(samples_per_prompt=2))
+    state = tiny.start(hyperparams, policy=policy)
+    whole, metrics = tiny.one_step(state, policy, batch, hyperparams, config)
+    compiled = compile_iteration(config=config)
+    collected = compiled.collect(state, policy, batch, hyperparams)
+    scores = tiny.even_tokens(collected.rollout)
+    halves, halves_metrics = compiled.learn(state, collected, scores, hyperparams)
+    assert_trees_close(halves, whole, 1e-10)
+    assert_trees_close(halves_metrics, metrics, 1e-10)
+
+
+def test_law_8_vmap_over_seeds_and_coefficients_is_a_loop(float64):
+    config, batch, policy = tiny.iteration_config(), tiny.prompts(), tiny.language_model()
+    swept = [
+        Hyperparams(learning_rate_actor=r, clip_ratio_low=c, clip_ratio_high=c, kl_coef=k)
+        for r, c, k in ((1e-2, 0.1, 0.0), (3e-3, 0.3, 0.2))
+    ]
+    states = [tiny.start(h, seed=s, policy=policy) for s, h in enumerate(swept)]
+
+    def iteration(state, hyperparams):
+        return ppo_iteration(
+            state, policy, batch, hyperparams, reward=tiny.even_tokens, config=config
+        )
+
+    def stack(*xs):
+        return jnp.stack(xs)
+
+    together = eqx.filter_jit(eqx.filter_vmap(iteration))(
+        jax.tree.map(stack, *states), jax.tree.map(stack, *swept)
+    )
+    compiled = eqx.filter_jit(iteration)
+    for index, (state, hyperparams) in enumerate(zip(states, swept, strict=True)):
+        alone = compiled(state, hyperparams)
+        assert_trees_close(jax.tree.map(lambda x, i=index: x[i], together), alone, 1e-9)
+
+
+def test_the_recurrent_policy_learns_in_the_whole_iteration(float64):
+    policy = tiny.RecurrentPolicy(jax.random.key(0))
+    critic = tiny.RecurrentCritic(tiny.RecurrentPolicy(jax.random.key(1)), jnp.zeros(8))
+    hyperparams = Hyperparams(learning_rate_actor=3e-2, learning_rate_critic=1e-2, kl_coef=0.0)
+    config = tiny.iteration_config(tiny.generation(samples_per_prompt=8), num_epochs=4)
+    compiled = compile_iteration(config=config)
+    state = tiny.start(hyperparams, policy=policy, critic=critic)
+    rewards = []
+    for _ in range(12):
+        state, metrics = compiled.step(
+            state, policy, tiny.prompts(), hyperparams, tiny.even_tokens
+        )
+        rewards.append(float(metrics["mean_reward"]))
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 1.0, rewards

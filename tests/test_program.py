@@ -1,0 +1,167 @@
+"""The compiled iteration as a program: one trace, no host in it, nothing copied for nothing."""
+
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from ppo_kernel.config import GenerationConfig, Hyperparams
+from ppo_kernel.iteration import compile_iteration
+from ppo_kernel.ops.kl import k3
+from ppo_kernel.rollout import generate
+from ppo_kernel.sharding import make_mesh, place
+
+
+@pytest.fixture(scope="module")
+def compiled_text() -> str:
+    """HLO of the whole iteration, optimised."""
+    hyperparams, policy = Hyperparams(kl_target=6.0), tiny.language_model()
+    state = tiny.start(hyperparams, policy=policy)
+    config = tiny.iteration_config(loss_kl=k3, microbatch_size=2)
+    compiled = compile_iteration(config=config)
+    lowered = compiled.lower(state, policy, tiny.prompts(), hyperparams, tiny.even_tokens)
+    return lowered.compile().compiled.as_text()
+
+
+def test_the_iteration_never_calls_the_host(compiled_text):
+    for word in ("callback", "infeed", "outfeed", "send(", "recv(", "host_"):
+        assert word not in compiled_text.lower(), word
+    assert compiled_text.count("ENTRY") == 1
+
+
+def test_the_state_is_donated(compiled_text):
+    header = compiled_text.split("\n", 1)[0]
+    leaves = jax.tree.leaves(tiny.start(Hyperparams(kl_target=6.0)))
+    assert header.count("may-alias") + header.count("must-alias") >= len(leaves) - 2
+    hyperparams, policy = Hyperparams(), tiny.language_model()
+    state = tiny.start(hyperparams, policy=policy)
+    compiled = compile_iteration(config=tiny.iteration_config())
+    compiled.step(state, policy, tiny.prompts(), hyperparams, tiny.even_tokens)
+    assert state.policy.trunk.embedding.is_deleted()
+    assert not policy.trunk.embedding.is_deleted(), "the reference must stay usable"
+
+
+def test_it_traces_once_whatever_the_coefficients():
+    traces = []
+
+    def reward(rollout):
+        traces.append(None)
+        return tiny.even_tokens(rollout)
+
+    policy = tiny.language_model()
+    state = tiny.start(Hyperparams(), policy=policy)
+    compiled = compile_iteration(config=tiny.iteration_config())
+    for step in range(4):
+        hyperparams = Hyperparams(
+            learning_rate_actor=10.0**-step, clip_ratio_low=0.1 * step, kl_coef=0.01 * step,
+            gamma=1.0 - 0.1 * step, lam=0.9 - 0.1 * step, temperature=1.0 + 0.1 * step,
+            entropy_coef=0.01 * step, value_clip=0.1 + step, max_grad_norm_actor=1.0 + step,
+        )  # fmt: skip
+        state, _ = compiled.step(state, policy, tiny.prompts(), hyperparams, reward)
+    assert int(state.iteration) == 4
+    assert len(traces) == 1
+
+
+def _decode_loop(text: str) -> str:
+    """The body of the decode loop: the largest computation that some `while` runs."""
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    computations = {
+        match.group(1): part
+        for part in text.split("\n\n")
+        if (match := re.match(r"\s*%?([\w.\-]+) \(", part))
+    }
+    return max((computations[name] for name in bodies), key=len)
+
+
+def test_the_decode_loop_copies_neither_weights_nor_cache():
+    policy = tiny.language_model(hidden_size=64, intermediate_size=96, head_dim=16)
+    config = GenerationConfig(max_new_tokens=40, eos_token_ids=(1,))
+    lowered = eqx.filter_jit(generate).lower(
+        policy, tiny.prompts(), jax.random.key(0), config=config
+    )
+    body = _decode_loop(lowered.compile().compiled.as_text())
+    cache = "[8,2,43,16]"
+    assert cache in body, "the body holds the cache"
+    smallest_matrix = 64 * 32
+    for line in body.splitlines():
+        match = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = \w+\[([\d,]*)\]\S* ([\w\-]+)\(", line)
+        if match is None or not match.group(1):
+            continue
+        size = np.prod([int(n) for n in match.group(1).split(",")])
+        if match.group(2) in ("copy", "transpose", "dynamic-slice", "slice", "convert"):
+            assert size < smallest_matrix, line
+    writes = re.findall(r"%?(\S+) = \w+" + re.escape(cache) + r"\S* fusion\(", body)
+    assert len(writes) == 2 * policy.trunk.config.num_layers, "keys and values, once a layer"
+    assert all("dynamic-update-slice" in name for name in writes), writes
+
+
+class CountingPolicy(tiny.RecurrentPolicy):
+    """Reports every decode step that really runs."""
+
+    def decoder(self):
+        step = super().decoder()
+
+        def counted(tokens, state):
+            jax.debug.callback(STEPS.append, tokens.shape[0])
+            return step(tokens, state)
+
+        return counted
+
+
+STEPS: list[int] = []
+
+
+def test_generation_stops_when_every_sequence_has_ended():
+    policy = CountingPolicy(jax.random.key(0))
+    config = GenerationConfig(max_new_tokens=200, eos_token_ids=(1, 2, 3))
+    rollout = eqx.filter_jit(generate)(policy, tiny.prompts(), jax.random.key(0), config=config)
+    jax.effects_barrier()
+    longest = int(rollout.lengths.max())
+    assert rollout.terminated.all()
+    assert longest < 100
+    # The first token comes from the prefill, and the last one is never read.
+    assert len(STEPS) == longest - 1
+
+
+def test_a_python_reward_is_refused_by_the_single_program():
+    policy = tiny.language_model()
+    state = tiny.start(Hyperparams(), policy=policy)
+    compiled = compile_iteration(config=tiny.iteration_config())
+    inputs = (state, policy, tiny.prompts(), Hyperparams())
+    with pytest.raises(ValueError, match="between `collect` and `learn`"):
+        compiled.step(*inputs, lambda rollout: np.asarray(rollout.tokens).sum(axis=1))
+    with pytest.raises(ValueError, match="one score a sequence"):
+        compiled.step(*inputs, lambda rollout: jnp.zeros(3))
+    with pytest.raises(ValueError, match="calls back to Python"):
+        compiled.step(*inputs, _calls_back)
+
+
+def _calls_back(rollout):
+    shape = jax.ShapeDtypeStruct(rollout.lengths.shape, jnp.float32)
+    return jax.pure_callback(lambda x: np.asarray(x, np.float32), shape, rollout.lengths)
+
+
+def test_sizes_that_do_not_divide_are_refused_before_any_work():
+    policy = tiny.language_model()
+    state = tiny.start(Hyperparams(), policy=policy)
+    inputs = (state, policy, tiny.prompts(), Hyperparams(), tiny.even_tokens)
+    for changes, message in (
+        ({"num_minibatches": 3}, "do not divide into num_minibatches=3"),
+        ({"num_minibatches": 1, "microbatch_size": 3}, "micro-batches of 3"),
+    ):
+        compiled = compile_iteration(config=tiny.iteration_config(**changes))
+        with pytest.raises(ValueError, match=message):
+            compiled.step(*inputs)
+    with pytest.raises(ValueError, match="does not divide over 8 devices"):
+        place(tiny.prompts((1, 2, 3)), make_mesh(8), "batch")
+
+
+def test_one_key_is_used_once():
+    hyperparams, policy = Hyperparams(), tiny.language_model()
+    state = tiny.start(hyperparams, policy=policy)
+    with jax.debug_key_reuse(True):
+        tiny.one_step(state, policy, tiny.prompts(), hyperparams, tiny.iteration_config())

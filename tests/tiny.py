@@ -1,0 +1,132 @@
+"""Models and batches small enough to compile in a second; one of the models is not ours."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
+from ppo_kernel.iteration import compile_iteration
+from ppo_kernel.models import LanguageModel, Transformer, TransformerConfig, ValueModel
+from ppo_kernel.models.heads import ValueHead
+from ppo_kernel.types import Prompts
+from ppo_kernel.update import Learner
+
+VOCABULARY, EOS, PAD = 13, 1, 0
+
+
+def transformer_config(**changes) -> TransformerConfig:
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2,
+        "num_heads": 4, "num_kv_heads": 2, "head_dim": 4,
+    }  # fmt: skip
+    dtype = str(jnp.zeros(()).dtype)
+    types = {"param_dtype": dtype, "compute_dtype": dtype, "cache_dtype": dtype}
+    return TransformerConfig(**(sizes | types | changes))
+
+
+def sharpened(tree, factor: float = 8.0):
+    """Random weights this small make every distribution uniform; scale them up."""
+    return jax.tree.map(lambda x: factor * x if x.ndim > 1 else x, tree)
+
+
+def language_model(seed: int = 0, **changes) -> LanguageModel:
+    return sharpened(LanguageModel.init(jax.random.key(seed), transformer_config(**changes)))
+
+
+def value_model(seed: int = 1, **changes) -> ValueModel:
+    trunk = Transformer.init(jax.random.key(seed), transformer_config(**changes))
+    weight = jax.random.normal(jax.random.key(seed + 100), (trunk.config.hidden_size,))
+    return ValueModel(sharpened(trunk), ValueHead(weight))
+
+
+def prompts(lengths=(3, 1, 4, 2, 4, 3, 2, 1), width: int = 4, pad: int = PAD) -> Prompts:
+    """Left-padded random prompts whose ids are 2 and above, with scattered sample ids."""
+    count = len(lengths)
+    tokens = jax.random.randint(jax.random.key(5), (count, 4), 2, VOCABULARY, jnp.int32)
+    tokens = jnp.pad(tokens, ((0, 0), (width - 4, 0)))
+    mask = jnp.arange(width)[None] >= width - jnp.array(lengths)[:, None]
+    tokens = jnp.where(mask, tokens, pad)
+    return Prompts(tokens, mask, jnp.arange(count, dtype=jnp.int32) * 7 + 3)
+
+
+def generation(**changes) -> GenerationConfig:
+    return GenerationConfig(
+        **({"max_new_tokens": 5, "eos_token_ids": (EOS,), "pad_token_id": PAD} | changes)
+    )
+
+
+def iteration_config(generation_config=None, **changes) -> IterationConfig:
+    settings = {"num_epochs": 2, "num_minibatches": 2} | changes
+    return IterationConfig(generation_config or generation(), **settings)
+
+
+def even_tokens(rollout) -> Float[Array, " B"]:
+    """A reward: how many tokens of the response are even."""
+    dtype = rollout.logprobs.dtype
+    return jnp.sum((rollout.tokens % 2 == 0) & rollout.mask, axis=1).astype(dtype)
+
+
+def start(hyperparams: Hyperparams, *, seed: int = 3, policy=None, critic=None):
+    """A fresh train state."""
+    policy = language_model() if policy is None else policy
+    critic = value_model() if critic is None else critic
+    return Learner().init(policy, critic, jax.random.key(seed), hyperparams)
+
+
+def one_step(state, reference, batch, hyperparams, config, *, mesh=None, reward=even_tokens):
+    """One compiled iteration; the state passed in stays usable."""
+    compiled = compile_iteration(config=config, mesh=mesh)
+    return compiled.step(jax.tree.map(jnp.copy, state), reference, batch, hyperparams, reward)
+
+
+class RecurrentPolicy(eqx.Module):
+    """A gated recurrent language model: somebody else's policy, in the documented protocol."""
+
+    embedding: Float[Array, "V D"]
+    cell: eqx.nn.GRUCell
+
+    def __init__(self, key: Array, width: int = 8):
+        embedding_key, cell_key = jax.random.split(key)
+        self.embedding = jax.random.normal(embedding_key, (VOCABULARY, width))
+        self.cell = eqx.nn.GRUCell(width, width, key=cell_key)
+
+    def _read(self, state: Float[Array, "B D"], tokens: Int[Array, " B"], valid: Bool[Array, " B"]):
+        new = jax.vmap(self.cell)(self.embedding[tokens], state)
+        return jnp.where(valid[:, None], new, state)
+
+    def _scan(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]):
+        def step(state, inputs):
+            state = self._read(state, *inputs)
+            return state, state
+
+        initial = jnp.zeros((tokens.shape[0], self.embedding.shape[1]))
+        return jax.lax.scan(step, initial, (tokens.T, mask.T))
+
+    def hidden(self, tokens, mask):
+        return self._scan(tokens, mask)[1].swapaxes(0, 1)
+
+    def unembed(self, hidden):
+        return hidden @ self.embedding.T
+
+    def prefill(self, tokens, mask, capacity):
+        del capacity  # a recurrent state does not grow
+        state, _ = self._scan(tokens, mask)
+        return state, state
+
+    def decoder(self):
+        def step(tokens, state):
+            state = self._read(state, tokens, jnp.ones(tokens.shape, bool))
+            return state, state
+
+        return step
+
+
+class RecurrentCritic(eqx.Module):
+    """A critic on the same kind of network."""
+
+    body: RecurrentPolicy
+    weight: Float[Array, " D"]
+
+    def __call__(self, tokens, mask):
+        return self.body.hidden(tokens, mask) @ self.weight
