@@ -1,1 +1,51 @@
-"""PPO post-training of language models as pure JAX functions."""
+"""PPO post-training of language models as pure JAX functions, composed into one program.
+
+The names below come in the order in which data flows; the familiar trainer is at the end.
+"""
+
+from .advantages import gae as gae
+from .config import GenerationConfig as GenerationConfig
+from .config import Hyperparams as Hyperparams
+from .config import IterationConfig as IterationConfig
+from .iteration import Collected as Collected
+from .iteration import CompiledIteration as CompiledIteration
+from .iteration import collect as collect
+from .iteration import compile_iteration as compile_iteration
+from .iteration import learn as learn
+from .iteration import ppo_iteration as ppo_iteration
+from .losses import clipped_policy_loss as clipped_policy_loss
+from .losses import clipped_value_loss as clipped_value_loss
+from .models import LanguageModel as LanguageModel
+from .models import Transformer as Transformer
+from .models import TransformerConfig as TransformerConfig
+from .models import ValueHead as ValueHead
+from .models import ValueModel as ValueModel
+from .ops.kl import k1 as k1
+from .ops.kl import k2 as k2
+from .ops.kl import k3 as k3
+from .ops.kl import with_gradient_of as with_gradient_of
+from .ops.masked import fixed_mean as fixed_mean
+from .ops.masked import sequence_mean as sequence_mean
+from .ops.masked import token_mean as token_mean
+from .ops.masked import whiten as whiten
+from .rewards import adaptive_kl_coef as adaptive_kl_coef
+from .rewards import token_rewards as token_rewards
+from .rollout import generate as generate
+from .scoring import ModelReward as ModelReward
+from .scoring import score as score
+from .sharding import make_mesh as make_mesh
+from .sharding import place as place
+from .train.config import PPOConfig as PPOConfig
+from .train.ppo import PPOActorCritic as PPOActorCritic
+from .train.ppo import PPOBatch as PPOBatch
+from .train.ppo import PPOTrainer as PPOTrainer
+from .train.ppo import PythonReward as PythonReward
+from .train.pretrained import CausalLM as CausalLM
+from .train.pretrained import RewardModel as RewardModel
+from .types import Experience as Experience
+from .types import Prompts as Prompts
+from .types import Rollout as Rollout
+from .types import Scores as Scores
+from .update import Learner as Learner
+from .update import TrainState as TrainState
+from .update import update as update

@@ -45,6 +45,9 @@ def named_sharding(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
     used = [axis for axis in axes if axis is not None]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {logical_axes} map to {axes}: one mesh axis twice.")
+    # Trailing replicated axes are left out, so that a rank-0 array can be replicated too.
+    while axes and axes[-1] is None:
+        axes.pop()
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 

@@ -100,17 +100,19 @@ def repadded_responses(shape: tuple[int, int], vocabulary: int) -> st.SearchStra
     EOS is id 0, ends every response that has room for it, and may occur inside one too.
     """
 
-    @st.composite
-    def draw_responses(draw):
-        tokens = draw(token_ids(shape, vocabulary))
-        lengths = draw(hnp.arrays(int, shape[0], elements=st.integers(0, shape[1])))
-        slots = np.arange(shape[1])
-        tokens = np.where(slots == lengths[:, None] - 1, 0, tokens).astype(np.int32)
-        mask = slots < lengths[:, None]
-        other = np.int32(draw(st.integers(1, vocabulary - 1)))
-        return mask, np.where(mask, tokens, np.int32(0)), np.where(mask, tokens, other)
+    slots = np.arange(shape[1])
 
-    return draw_responses()
+    def pad(tokens, lengths, other):
+        tokens = np.where(slots == lengths[:, None] - 1, 0, tokens)
+        mask = slots < lengths[:, None]
+        return mask, *(np.where(mask, tokens, pad_id).astype(np.int32) for pad_id in (0, other))
+
+    return st.builds(
+        pad,
+        token_ids(shape, vocabulary),
+        hnp.arrays(int, shape[0], elements=st.integers(0, shape[1])),
+        st.integers(1, vocabulary - 1),
+    )
 
 
 def assert_matches(
@@ -127,7 +129,8 @@ def assert_matches(
         reference_fn: same signature, on NumPy arrays; rank-0 keywords reach it as Python numbers.
         args: arrays.
         dtype: "float32", "float64" (switched on inside) or "bfloat16"; floats are cast to it.
-        kwargs: floats and arrays are traced (floats in at least float32); anything else is static.
+        kwargs: floats and arrays are traced (floats in at least float32, and plain numbers where
+            the call is eager); anything else is static.
 
     Raises:
         AssertionError: names the function, the variant, the case and the largest difference.
@@ -178,10 +181,10 @@ def _compiled(fn: Callable, static: tuple, mapped: bool) -> Callable:
 
 def _variants(fn: Callable, arrays: list, traced: dict, static: dict):
     arrays, traced = jax.tree.map(jnp.asarray, (arrays, traced))
-    plain = {k: v.item() if v.ndim == 0 and v.dtype != bool else v for k, v in traced.items()}
+    numbers = {k: v.item() for k, v in traced.items() if v.ndim == 0 and v.dtype.kind == "f"}
     # Without disable_jit every eager scan would compile anew; with it, it is a Python loop.
     with jax.disable_jit():
-        outputs = fn(*arrays, **plain, **static)
+        outputs = fn(*arrays, **(traced | numbers), **static)
     yield "eager", outputs
     frozen = tuple(sorted(static.items()))
     yield "jit", _compiled(fn, frozen, False)(arrays, traced)
@@ -199,6 +202,8 @@ def _difference(outputs: list, expected: list, dtype: str) -> str | None:
         if got.shape != want.shape:
             return f"output {i} has shape {got.shape}, the reference {want.shape}"
         floating = jnp.issubdtype(got.dtype, jnp.floating)
+        if floating != np.issubdtype(want.dtype, np.floating):
+            return f"output {i} is {got.dtype}, the reference {want.dtype}"
         if floating and wider_type(got.dtype, dtype) != got.dtype:
             return f"output {i} is {got.dtype}, narrower than its input"
         tolerance = TOLERANCES[str(got.dtype)] if floating else Tolerance(0.0, 0.0)
@@ -210,6 +215,6 @@ def _difference(outputs: list, expected: list, dtype: str) -> str | None:
             worst = np.unravel_index(np.argmax(np.nan_to_num(off - allowed, nan=np.inf)), a.shape)
             return (
                 f"output {i} is off by {off[worst]:.3g} at {tuple(map(int, worst))}: "
-                f"{a[worst]!r}, the reference {b[worst]!r}, allowed {allowed[worst]:.3g}"
+                f"{float(a[worst])}, the reference {float(b[worst])}, allowed {allowed[worst]:.3g}"
             )
     return None

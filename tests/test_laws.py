@@ -22,7 +22,7 @@ SAMPLING = {
     "tempered": ({}, {"temperature": 0.7}),
     "top-k": ({"top_k": 3}, {"temperature": 1.3}),
     "top-p": ({}, {"top_p": 0.6}),
-    "min-p": ({}, {"min_p": 0.2}),
+    "min-p": ({}, {"min_p": 0.7}),
     "all": ({"top_k": 5, "min_new_tokens": 2}, {"top_p": 0.8, "min_p": 0.05, "temperature": 0.9}),
 }
 POLICIES = {

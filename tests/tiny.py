@@ -25,8 +25,8 @@ def transformer_config(**changes) -> TransformerConfig:
     return TransformerConfig(**(sizes | types | changes))
 
 
-def sharpened(tree, factor: float = 8.0):
-    """Random weights this small make every distribution uniform; scale them up."""
+def sharpened(tree, factor: float = 3.0):
+    """Random weights this small make every distribution nearly uniform; scale them up."""
     return jax.tree.map(lambda x: factor * x if x.ndim > 1 else x, tree)
 
 

@@ -32,23 +32,27 @@ def load_checkpoint(path: str | os.PathLike, state: PyTree) -> PyTree:
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _storable(arrays))
     with ocp.StandardCheckpointer() as checkpointer:
         loaded = checkpointer.restore(folder, target)
-    restored = jax.tree.map(
-        lambda old, new: jax.random.wrap_key_data(new, impl=jax.random.key_impl(old))
+    flat, structure = jax.tree_util.tree_flatten_with_path(arrays)
+    restored = [
+        jax.random.wrap_key_data(loaded[_name(key_path)], impl=jax.random.key_impl(old))
         if _is_key(old)
-        else new,
-        arrays,
-        jax.tree.unflatten(jax.tree.structure(arrays), jax.tree.leaves(loaded)),
-    )
-    return eqx.combine(restored, rest)
+        else loaded[_name(key_path)]
+        for key_path, old in flat
+    ]
+    return eqx.combine(jax.tree.unflatten(structure, restored), rest)
 
 
 def _is_key(x: jax.Array) -> bool:
     return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+def _name(key_path: tuple) -> str:
+    return jax.tree_util.keystr(key_path)
+
+
 def _storable(arrays: PyTree) -> dict[str, jax.Array]:
     """Path in the tree -> array, so that a checkpoint can be read without our classes."""
     flat, _ = jax.tree_util.tree_flatten_with_path(arrays)
     return {
-        jax.tree_util.keystr(path): jax.random.key_data(x) if _is_key(x) else x for path, x in flat
+        _name(key_path): jax.random.key_data(x) if _is_key(x) else x for key_path, x in flat
     }

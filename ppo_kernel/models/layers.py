@@ -16,10 +16,16 @@ class Linear(eqx.Module):
 
     @classmethod
     def init(
-        cls, key: Key[Array, ""], in_size: int, out_size: int, *, scale: float, bias: bool = False
+        cls,
+        key: Key[Array, ""],
+        in_size: int,
+        out_size: int,
+        *,
+        scale: float = 1.0,
+        bias: bool = False,
     ) -> "Linear":
-        """Normal weights of the given standard deviation, zero bias. Consumes `key`."""
-        weight = scale * jax.random.normal(key, (in_size, out_size))
+        """Normal weights of standard deviation scale / sqrt(in), zero bias. Consumes `key`."""
+        weight = scale * in_size**-0.5 * jax.random.normal(key, (in_size, out_size))
         return cls(weight, jnp.zeros(out_size) if bias else None)
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:

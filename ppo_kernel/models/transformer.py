@@ -85,16 +85,16 @@ class Block(eqx.Module):
 
     @classmethod
     def init(cls, key: Key[Array, ""], config: TransformerConfig) -> "Block":
-        """Normal(0, 0.02) matrices, those into the residual stream divided by sqrt(2 L)."""
+        """Variance 1 / inputs for every matrix, those into the residual stream 1 / (2 L) of it."""
         width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
         keys = jax.random.split(key, 7)
-        narrow = 0.02 / (2 * config.num_layers) ** 0.5
+        narrow = (2 * config.num_layers) ** -0.5
 
         def norm(size: int) -> RMSNorm:
             return RMSNorm(jnp.ones(size), config.norm_epsilon)
 
         def into(index: int, size: int, bias: bool = False) -> Linear:
-            return Linear.init(keys[index], width, size, scale=0.02, bias=bias)
+            return Linear.init(keys[index], width, size, bias=bias)
 
         attention = Attention(
             query=into(0, config.num_heads * head, config.qkv_bias),

@@ -9,7 +9,7 @@ from ..types import Reduction, Scalar
 
 
 def wider_type(first: DTypeLike, second: DTypeLike) -> jnp.dtype:
-    """The type that holds both; a choice, so it is made where implicit promotion is forbidden too."""
+    """The type that holds both; said explicitly, so that strict promotion does not forbid it."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(first, second)
 

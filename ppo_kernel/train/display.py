@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -45,7 +44,7 @@ class Display:
         self._tasks: dict[str, TaskID] = {}
         self._printed = 0.0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Display":
         if self.console.is_terminal:
             self._live.start()
         return self

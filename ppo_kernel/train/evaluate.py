@@ -96,7 +96,11 @@ class Evaluator:
             reference_nll=float(nll),
             lengths=np.asarray(rollout.lengths),
             distinct_2=distinct_n(
-                [row[valid] for row, valid in zip(np.asarray(rollout.tokens), mask, strict=True)], 2
+                [
+                    row[valid].tolist()
+                    for row, valid in zip(np.asarray(rollout.tokens), mask, strict=True)
+                ],
+                2,
             ),
         )
 

@@ -164,7 +164,7 @@ class PPOTrainer:
         *,
         config: PPOConfig,
         actor_critic_model: PPOActorCritic,
-        rng_key: Key[Array, ""],
+        rng_key: Array,
         mesh: Mesh | None = None,
     ):
         if not jax.dtypes.issubdtype(rng_key.dtype, jax.dtypes.prng_key):

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from tensorboardX import SummaryWriter
 
@@ -41,7 +41,7 @@ class RunFolder:
         self._start = time.monotonic()
         self._history: dict[str, dict[str, list[tuple[int, float]]]] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, *_: object) -> None:

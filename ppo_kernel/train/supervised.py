@@ -164,9 +164,11 @@ def fit(
         value, gradient = jax.value_and_grad(lambda x: loss(eqx.combine(x, static), batch))(
             trainable
         )
-        updates, optimizer_state = optimizer.update(gradient, optimizer_state, trainable)
-        trainable = optax.apply_updates(trainable, updates)
-        average = optax.incremental_update(trainable, average, 1.0 - config.average)
+        # Optax mixes types on purpose; a caller's strict promotion is for our own code.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, optimizer_state = optimizer.update(gradient, optimizer_state, trainable)
+            trainable = optax.apply_updates(trainable, updates)
+            average = optax.incremental_update(trainable, average, 1.0 - config.average)
         return value, (trainable, optimizer_state, average)
 
     losses = []

@@ -49,19 +49,19 @@ class SentimentSettings:
     policy: TransformerConfig = _transformer(128)
     reward_model: TransformerConfig = _transformer(64)
     sft: FitConfig = FitConfig(
-        num_steps=800, batch_size=32, widths=(26, 48), learning_rate=3e-3
+        num_steps=1000, batch_size=32, widths=(26, 48), learning_rate=3e-3
     )
     reward: FitConfig = FitConfig(
         num_steps=450, batch_size=128, widths=(22, 48), learning_rate=3e-3, average=0.99
     )
     ppo: PPOConfig = field(
         default_factory=lambda: PPOConfig(
-            learning_rate_actor=5e-4, learning_rate_critic=1e-3, train_batch_size=64,
-            num_minibatches=2, num_ppo_epochs=2, kl_coeff=0.1, max_seq_len=32, max_new_tokens=24,
-            missing_eos_penalty=0.5,
+            learning_rate_actor=5e-4, learning_rate_critic=1e-3, train_batch_size=128,
+            num_minibatches=2, num_ppo_epochs=2, kl_coeff=0.1, kl_target=7.0, kl_horizon=1280.0,
+            max_seq_len=32, max_new_tokens=24, missing_eos_penalty=0.2,
         )
     )  # fmt: skip
-    num_iterations: int = 100
+    num_iterations: int = 50
     prompt_tokens: tuple[int, int] = (2, 6)
     prompt_width: int = 8
     num_evaluation_prompts: int = 256

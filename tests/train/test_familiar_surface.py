@@ -1,0 +1,199 @@
+"""The program that users of such a library write, as they write it."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
+from ppo_kernel import (
+    CausalLM,
+    PPOActorCritic,
+    PPOBatch,
+    PPOConfig,
+    PPOTrainer,
+    PythonReward,
+    RewardModel,
+    TransformerConfig,
+    make_mesh,
+)
+from ppo_kernel.io.tokenizer import Tokenizer
+
+METRICS = {
+    "actor_loss", "critic_loss", "mean_reward", "kl_divergence", "entropy", "clip_fraction",
+    "explained_variance", "response_length", "grad_norm_actor", "grad_norm_critic",
+}  # fmt: skip
+SHAPE = TransformerConfig(
+    vocab_size=24, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2,
+    num_kv_heads=1, head_dim=8,
+)  # fmt: skip
+
+
+def words(order: int = 1) -> Tokenizer:
+    """A word-level tokenizer of 24 words; `order` -1 gives the same words other ids."""
+    names = ["<pad>", "<eos>", *[f"w{i}" for i in range(22)][::order]]
+    backend = tokenizers.Tokenizer(WordLevel({w: i for i, w in enumerate(names)}, unk_token="w0"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return Tokenizer.of(backend, eos_token="<eos>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """An SFT model and a reward model on disk."""
+    root = tmp_path_factory.mktemp("models")
+    policy = CausalLM.init(jax.random.key(0), SHAPE, tokenizer=words())
+    policy.save_pretrained(root / "sft")
+    head = jnp.ones(SHAPE.hidden_size)
+    reward = RewardModel.on(policy)
+    reward = reward.with_model(
+        type(reward.model)(reward.model.trunk, type(reward.model.head)(head))
+    )
+    reward.save_pretrained(root / "reward")
+    return root
+
+
+def test_the_familiar_program_runs(folders, tmp_path):
+    config = PPOConfig(
+        learning_rate_actor=1e-5, learning_rate_critic=1e-5, clip_ratio=0.2, gamma=0.99,
+        lambda_gae=0.95, num_ppo_epochs=4, train_batch_size=16, per_device_batch_size=2,
+        sft_model_path=folders / "sft", reward_model_path=folders / "reward", kl_coeff=0.1,
+        max_seq_len=12,
+    )  # fmt: skip
+    policy = CausalLM.from_pretrained(config.sft_model_path)
+    reward_model = RewardModel.from_pretrained(config.reward_model_path)
+    actor_critic = PPOActorCritic(policy_model=policy, reward_model=reward_model, config=config)
+    trainer = PPOTrainer(
+        config=config, actor_critic_model=actor_critic, rng_key=jax.random.key(0)
+    )
+    input_ids = np.random.default_rng(0).integers(2, 24, (16, 5))
+    batch = PPOBatch(input_ids=input_ids, attention_mask=np.ones((16, 5), np.int64))
+    metrics = trainer.train_step(batch)
+    assert set(metrics) >= METRICS
+    assert all(isinstance(value, float) and np.isfinite(value) for value in metrics.values())
+    json.dumps(metrics)
+    trainer.save_checkpoint(tmp_path / "checkpoint")
+    trainer.save_model(tmp_path / "model")
+    saved = CausalLM.from_pretrained(tmp_path / "model")
+    for ours, theirs in zip(
+        jax.tree.leaves(trainer.policy.model), jax.tree.leaves(saved.model), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    changed = np.abs(saved.model.trunk.embedding - policy.model.trunk.embedding).max()
+    assert changed > 0.0, "the policy is trained, and the one passed in stays as it was"
+
+    # Law 9: a trainer that loads the checkpoint goes on bit for bit.
+    second = PPOTrainer(
+        config=config, actor_critic_model=actor_critic, rng_key=jax.random.key(99)
+    )
+    second.load_checkpoint(tmp_path / "checkpoint")
+    assert second.train_step(batch) == trainer.train_step(batch)
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        second.load_checkpoint(tmp_path / "nowhere")
+
+
+def _trainer(folders, reward, **changes):
+    settings = {"train_batch_size": 8, "max_seq_len": 10, "max_new_tokens": 4, "num_ppo_epochs": 1}
+    config = PPOConfig(**(settings | changes))
+    policy = CausalLM.from_pretrained(folders / "sft")
+    return PPOTrainer(
+        config=config,
+        actor_critic_model=PPOActorCritic(policy, reward, config),
+        rng_key=jax.random.key(0),
+        mesh=make_mesh(1),
+    )
+
+
+def _batch(rows: int = 8) -> PPOBatch:
+    ids = np.random.default_rng(1).integers(2, 24, (rows, 5))
+    mask = np.ones((rows, 5), np.int64)
+    mask[0, 3:] = 0  # padded on the right, as many loaders do
+    return PPOBatch(input_ids=ids, attention_mask=mask)
+
+
+def test_a_python_reward_sees_text(folders):
+    seen = []
+
+    def score(prompts, responses):
+        seen.extend(zip(prompts, responses, strict=True))
+        return [float(len(response.split())) for response in responses]
+
+    trainer = _trainer(folders, PythonReward(score))
+    metrics = trainer.train_step(_batch())
+    assert len(seen) == 8
+    assert len(seen[0][0].split()) == 3, "the padding of the prompt is not decoded"
+    mean = np.mean([len(response.split()) for _, response in seen])
+    np.testing.assert_allclose(metrics["mean_reward"], mean, rtol=1e-6)
+
+
+def test_a_reward_model_with_another_tokenizer_goes_through_text(folders):
+    model = RewardModel.from_pretrained(folders / "reward")
+    same = _trainer(folders, model)
+    other = _trainer(folders, type(model)(model.model, words(-1), model.manifest))
+    assert not isinstance(same.reward, PythonReward)
+    assert isinstance(other.reward, PythonReward)
+    assert same.train_step(_batch())["mean_reward"] != other.train_step(_batch())["mean_reward"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (lambda p, r: [float("nan")] * len(r), "finite float"),
+        (lambda p, r: [1.0], "one float for each"),
+    ],
+)
+def test_bad_scores_are_refused_before_the_update(folders, scores, message):
+    trainer = _trainer(folders, PythonReward(scores))
+    with pytest.raises(ValueError, match=message):
+        trainer.train_step(_batch())
+    assert trainer.iteration == 0
+
+
+def test_bad_batches_are_refused(folders):
+    trainer = _trainer(folders, PythonReward(lambda p, r: [0.0] * len(r)))
+    with pytest.raises(ValueError, match="has 4 prompts"):
+        trainer.train_step(_batch(4))
+    empty = PPOBatch(input_ids=np.ones((8, 5), np.int64), attention_mask=np.zeros((8, 5), np.int64))
+    with pytest.raises(ValueError, match="prompt 0 has no token"):
+        trainer.train_step(empty)
+    wide = PPOBatch(input_ids=np.ones((8, 9), np.int64), attention_mask=np.ones((8, 9), np.int64))
+    with pytest.raises(ValueError, match="do not fit into max_seq_len=10"):
+        trainer.train_step(wide)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clip_ratio": -0.1}, "clip_ratio must be"),
+        ({"gamma": 1.5}, "gamma must be .* at most 1, got 1.5"),
+        ({"temperature": 0.0}, "temperature must be finite, above 0"),
+        ({"learning_rate_actor": float("nan")}, "learning_rate_actor"),
+        ({"num_ppo_epochs": 0}, "num_ppo_epochs must be a whole number"),
+        ({"train_batch_size": 6, "num_minibatches": 4}, "not a multiple"),
+        ({"max_new_tokens": 512}, "leaves no room for a prompt"),
+        ({"dual_clip": 0.5}, "dual_clip must be"),
+    ],
+)
+def test_bad_settings_are_refused_at_construction(changes, message):
+    with pytest.raises(ValueError, match=message):
+        PPOConfig(**changes)
+
+
+def test_gradient_accumulation_must_fit():
+    config = PPOConfig(train_batch_size=8, per_device_batch_size=3, max_seq_len=8)
+    generation = config.generation(4, (1,), 0)
+    with pytest.raises(ValueError, match="per_device_batch_size=3 on 1 devices"):
+        config.iteration(generation)
+    legal = PPOConfig(kl_coeff=0.0, learning_rate_critic=0.0, entropy_coeff=0.0)
+    assert float(legal.hyperparams().kl_coef) == 0.0
+
+
+def test_legacy_keys_are_refused(folders):
+    config = PPOConfig(train_batch_size=8)
+    policy = CausalLM.from_pretrained(folders / "sft")
+    models = PPOActorCritic(policy, PythonReward(lambda p, r: r), config)
+    with pytest.raises(ValueError, match=r"jax.random.key\(seed\)"):
+        PPOTrainer(config=config, actor_critic_model=models, rng_key=jax.random.PRNGKey(0))
