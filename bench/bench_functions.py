@@ -52,7 +52,10 @@ def _logprobs():
 
 
 def _sampling():
-    return sample_tokens, (_normal(0, 16, VOCABULARY), jax.random.uniform(jax.random.key(1), (16, 2)))
+    return sample_tokens, (
+        _normal(0, 16, VOCABULARY),
+        jax.random.uniform(jax.random.key(1), (16, 2)),
+    )
 
 
 CASES = {

@@ -22,7 +22,9 @@ class Shape:
     epochs: int
 
 
-def _model(vocab: int, width: int, inner: int, layers: int, heads: int, kv: int, tied: bool = False):
+def _model(
+    vocab: int, width: int, inner: int, layers: int, heads: int, kv: int, tied: bool = False
+):
     return TransformerConfig(
         vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_layers=layers,
         num_heads=heads, num_kv_heads=kv, head_dim=64 if width > 128 else 32, qkv_bias=True,

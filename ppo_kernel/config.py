@@ -53,26 +53,26 @@ class Hyperparams(eqx.Module):
         score_clip: scores are clipped to [-score_clip, score_clip], or None.
     """
 
-    learning_rate_actor: Float[Array, ""] = _required(1e-5)
-    learning_rate_critic: Float[Array, ""] = _required(1e-5)
-    clip_ratio_low: Float[Array, ""] = _required(0.2)
-    clip_ratio_high: Float[Array, ""] = _required(0.2)
-    dual_clip: Float[Array, ""] | None = _optional()
-    value_clip: Float[Array, ""] | None = _optional(0.2)
-    gamma: Float[Array, ""] = _required(1.0)
-    lam: Float[Array, ""] = _required(0.95)
-    kl_coef: Float[Array, ""] = _required(0.05)
-    kl_target: Float[Array, ""] | None = _optional()
-    kl_horizon: Float[Array, ""] = _required(10_000.0)
-    entropy_coef: Float[Array, ""] = _required(0.0)
-    value_coef: Float[Array, ""] = _required(1.0)
-    temperature: Float[Array, ""] = _required(1.0)
-    top_p: Float[Array, ""] | None = _optional()
-    min_p: Float[Array, ""] | None = _optional()
-    max_grad_norm_actor: Float[Array, ""] | None = _optional(1.0)
-    max_grad_norm_critic: Float[Array, ""] | None = _optional(1.0)
-    missing_eos_penalty: Float[Array, ""] = _required(0.0)
-    score_clip: Float[Array, ""] | None = _optional()
+    learning_rate_actor: Scalar = _required(1e-5)
+    learning_rate_critic: Scalar = _required(1e-5)
+    clip_ratio_low: Scalar = _required(0.2)
+    clip_ratio_high: Scalar = _required(0.2)
+    dual_clip: Scalar | None = _optional()
+    value_clip: Scalar | None = _optional(0.2)
+    gamma: Scalar = _required(1.0)
+    lam: Scalar = _required(0.95)
+    kl_coef: Scalar = _required(0.05)
+    kl_target: Scalar | None = _optional()
+    kl_horizon: Scalar = _required(10_000.0)
+    entropy_coef: Scalar = _required(0.0)
+    value_coef: Scalar = _required(1.0)
+    temperature: Scalar = _required(1.0)
+    top_p: Scalar | None = _optional()
+    min_p: Scalar | None = _optional()
+    max_grad_norm_actor: Scalar | None = _optional(1.0)
+    max_grad_norm_critic: Scalar | None = _optional(1.0)
+    missing_eos_penalty: Scalar = _required(0.0)
+    score_clip: Scalar | None = _optional()
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,9 @@ class GenerationConfig:
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, or None for no limit; got {self.top_k}.")
         if self.samples_per_prompt < 1:
-            raise ValueError(f"samples_per_prompt must be at least 1, got {self.samples_per_prompt}.")
+            raise ValueError(
+                f"samples_per_prompt must be at least 1, got {self.samples_per_prompt}."
+            )
         if any(i < 0 for i in (*self.eos_token_ids, self.pad_token_id)):
             raise ValueError(
                 "token ids cannot be negative, got "

@@ -118,12 +118,12 @@ def learn(
         advantages, returns,
     )  # fmt: skip
     _, update_key = _keys(state)
-    state = eqx.tree_at(lambda s: s.kl_coef, state, kl_coef.astype(state.kl_coef.dtype))
+    state = eqx.tree_at(lambda s: s.kl_coef, state, jnp.asarray(kl_coef, state.kl_coef.dtype))
     state, update_metrics = update(
         state, pin(experience), update_key, hyperparams, config=config, learner=learner, pin=pin
     )
     return _advance(state, metrics, hyperparams, rollout), metrics | update_metrics | {
-        "kl_coef": kl_coef
+        "kl_coef": jnp.asarray(kl_coef, state.kl_coef.dtype)
     }
 
 
@@ -267,9 +267,7 @@ def _advance(
             target=hyperparams.kl_target, horizon=hyperparams.kl_horizon,
             num_sequences=rollout.lengths.shape[0],
         )  # fmt: skip
-    return eqx.tree_at(
-        lambda s: (s.iteration, s.kl_coef), state, (state.iteration + 1, kl_coef)
-    )
+    return eqx.tree_at(lambda s: (s.iteration, s.kl_coef), state, (state.iteration + 1, kl_coef))
 
 
 def _rollout_metrics(rollout, scores, log_ratios, values, returns, rewards) -> Metrics:

@@ -18,6 +18,7 @@ from .scoring import critic_values, full_sequences, response_logprobs, response_
 from .sharding import Pin
 from .types import Experience, Metrics, PolicyLoss, ValueLoss
 
+
 class TrainState(eqx.Module):
     """Everything an iteration changes, and nothing else.
 
@@ -56,7 +57,7 @@ class Learner:
         key: Key[Array, ""],
         hyperparams: Hyperparams,
     ) -> TrainState:
-        """The state before the first iteration. Arrays are copied: an iteration donates its state."""
+        """The state before the first iteration, on copies: an iteration donates its state."""
 
         def copy(tree: PyTree) -> PyTree:
             return jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, tree)
@@ -68,7 +69,7 @@ class Learner:
             critic_optimizer_state=self.critic_optimizer.init(_wide(_trainable(critic))),
             key=jnp.copy(key),
             iteration=jnp.zeros((), jnp.int32),
-            kl_coef=jnp.copy(hyperparams.kl_coef),
+            kl_coef=jnp.array(hyperparams.kl_coef),
         )
 
 
@@ -116,7 +117,7 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """All optimizer steps of one iteration.
 
-        loss = sum_t w_t (policy_loss_t + kl_coef k(log pi/ref)_t - entropy_coef H_t + value_coef v_t)
+        loss = sum_t w_t (policy_loss_t + kl_coef k_t - entropy_coef H_t + value_coef value_loss_t)
 
     with the weights w of `config.reduction` over the whole minibatch, so that the sum over
     micro-batches is exact. Each model: clip by global norm, then x <- x - learning_rate *
@@ -162,9 +163,9 @@ def update(
 
     optimizer_states = (state.actor_optimizer_state, state.critic_optimizer_state)
     carry, sums = jax.lax.scan(one_step, (models, optimizer_states), order)
-    (policy, critic), optimizer_states = eqx.combine(carry[0], static), carry[1]
+    (policy, critic), (actor_state, critic_state) = eqx.combine(carry[0], static), carry[1]
     state = TrainState(
-        policy, critic, *optimizer_states, state.key, state.iteration, state.kl_coef
+        policy, critic, actor_state, critic_state, state.key, state.iteration, state.kl_coef
     )
     return state, _metrics(sums)
 
@@ -185,9 +186,7 @@ def _gradients(models, static, minibatch, hyperparams, kl_coef, *, config, learn
     first = jax.tree.map(lambda x: x[0], parts)
     if weights.shape[0] == size:
         return backward(first)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(backward, first)
-    )
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(backward, first))
     total, _ = jax.lax.scan(
         lambda total, part: (jax.tree.map(jnp.add, total, backward(part)), None), zeros, parts
     )
@@ -230,8 +229,8 @@ def _loss(policy, critic, part: Experience, weights, hyperparams, kl_coef, *, co
     }
     loss = (
         weighted["actor_loss"]
-        + hyperparams.value_coef.astype(weights.dtype) * weighted["critic_loss"]
-        - hyperparams.entropy_coef.astype(weights.dtype) * weighted["entropy_bonus"]
+        + jnp.asarray(hyperparams.value_coef, weights.dtype) * weighted["critic_loss"]
+        - jnp.asarray(hyperparams.entropy_coef, weights.dtype) * weighted["entropy_bonus"]
     )
     if config.loss_kl is not None:
         weighted["kl_loss"] = jnp.sum(weights * config.loss_kl(log_ratios))
@@ -260,13 +259,13 @@ def _apply(models, optimizer_states, gradients, sums, hyperparams, learner):
 
     def step(model, state, gradient, norm, rate, limit, optimizer):
         if limit is not None:
-            scale = jnp.minimum(1.0, limit.astype(norm.dtype) / jnp.maximum(norm, 1e-12))
+            scale = jnp.minimum(1.0, jnp.asarray(limit, norm.dtype) / jnp.maximum(norm, 1e-12))
             gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
         # Optax mixes types on purpose; a caller's strict promotion is for our own code.
         with jax.numpy_dtype_promotion("standard"):
             direction, new_state = optimizer.update(gradient, state, _wide(model))
         new_model = jax.tree.map(
-            lambda x, d: (at_least_float32(x) - rate.astype(d.dtype) * d).astype(x.dtype),
+            lambda x, d: (at_least_float32(x) - jnp.asarray(rate, d.dtype) * d).astype(x.dtype),
             model,
             direction,
         )

@@ -63,9 +63,7 @@ def test_law_1_unchanged_parameters_have_no_kl(name, recompute):
     hyperparams, policy = Hyperparams(**traced), tiny.language_model()
     config = tiny.iteration_config(tiny.generation(**static), recompute_old_logprobs=recompute)
     state = tiny.start(hyperparams, policy=policy)
-    collected = compile_iteration(config=config).collect(
-        state, policy, tiny.prompts(), hyperparams
-    )
+    collected = compile_iteration(config=config).collect(state, policy, tiny.prompts(), hyperparams)
     log_ratios = collected.old_logprobs - collected.scores.reference_logprobs
     assert float(jnp.max(jnp.abs(log_ratios))) <= (0.0 if recompute else 2e-5)
     restricted = collected.rollout.behaviour_logprobs - collected.rollout.logprobs
@@ -116,13 +114,13 @@ def test_law_2_padding_pad_id_and_neighbours_change_nothing(name, float64):
 
 
 def _updated(batch, config, mesh=None):
-    hyperparams = Hyperparams(learning_rate_actor=1e-2, learning_rate_critic=1e-2, entropy_coef=0.01)
+    hyperparams = Hyperparams(
+        learning_rate_actor=1e-2, learning_rate_critic=1e-2, entropy_coef=0.01
+    )
     policy = tiny.language_model()
     state = place(tiny.start(hyperparams, policy=policy), mesh, "parameter")
     inputs = (place(policy, mesh, "parameter"), place(batch, mesh, "batch"))
-    return tiny.one_step(
-        state, *inputs, place(hyperparams, mesh, "parameter"), config, mesh=mesh
-    )
+    return tiny.one_step(state, *inputs, place(hyperparams, mesh, "parameter"), config, mesh=mesh)
 
 
 def test_law_3_microbatches_padding_and_batch_order_do_not_change_the_update(float64):
@@ -237,8 +235,6 @@ def test_the_recurrent_policy_learns_in_the_whole_iteration(float64):
     state = tiny.start(hyperparams, policy=policy, critic=critic)
     rewards = []
     for _ in range(12):
-        state, metrics = compiled.step(
-            state, policy, tiny.prompts(), hyperparams, tiny.even_tokens
-        )
+        state, metrics = compiled.step(state, policy, tiny.prompts(), hyperparams, tiny.even_tokens)
         rewards.append(float(metrics["mean_reward"]))
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 1.0, rewards

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
@@ -43,7 +44,7 @@ def load_checkpoint(path: str | os.PathLike, state: PyTree) -> PyTree:
 
 
 def _is_key(x: jax.Array) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _name(key_path: tuple) -> str:
@@ -53,6 +54,4 @@ def _name(key_path: tuple) -> str:
 def _storable(arrays: PyTree) -> dict[str, jax.Array]:
     """Path in the tree -> array, so that a checkpoint can be read without our classes."""
     flat, _ = jax.tree_util.tree_flatten_with_path(arrays)
-    return {
-        _name(key_path): jax.random.key_data(x) if _is_key(x) else x for key_path, x in flat
-    }
+    return {_name(key_path): jax.random.key_data(x) if _is_key(x) else x for key_path, x in flat}

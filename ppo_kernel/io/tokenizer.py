@@ -105,6 +105,17 @@ class Tokenizer:
         """The text of some ids, special tokens left out by default."""
         return self.backend.decode([index(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
+    def id_of(self, token: str) -> int:
+        """Id of a token of the vocabulary.
+
+        Raises:
+            ValueError: there is no such token.
+        """
+        token_id = self.backend.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"the vocabulary has no token {token!r}.")
+        return token_id
+
     @property
     def eos_id(self) -> int | None:
         """Id of the token that ends a text."""

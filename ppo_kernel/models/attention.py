@@ -27,9 +27,7 @@ class Attention(eqx.Module):
         x: Float[Array, "*batch D"],
         positions: Int[Array, "*batch"],
         frequencies: Float[Array, " half"],
-    ) -> tuple[
-        Float[Array, "*batch H E"], Float[Array, "*batch K E"], Float[Array, "*batch K E"]
-    ]:
+    ) -> tuple[Float[Array, "*batch H E"], Float[Array, "*batch K E"], Float[Array, "*batch K E"]]:
         """Queries, keys (both rotated) and values of each token."""
         query, key, value = (
             layer(x).reshape(*x.shape[:-1], -1, self.head_dim)

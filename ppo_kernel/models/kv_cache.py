@@ -63,9 +63,7 @@ class KVCache(eqx.Module):
         self, keys: list[Float[Array, "B K S E"]], values: list[Float[Array, "B K S E"]]
     ) -> "KVCache":
         """The cache after every layer has written its slot."""
-        return KVCache(
-            tuple(keys), tuple(values), self.mask, self.positions + 1, self.slot + 1
-        )
+        return KVCache(tuple(keys), tuple(values), self.mask, self.positions + 1, self.slot + 1)
 
 
 def write_slot(

@@ -63,7 +63,9 @@ class GatedMLP(eqx.Module):
 
 
 def rotate(
-    x: Float[Array, "*batch X E"], positions: Int[Array, "*batch"], frequencies: Float[Array, " half"]
+    x: Float[Array, "*batch X E"],
+    positions: Int[Array, "*batch"],
+    frequencies: Float[Array, " half"],
 ) -> Float[Array, "*batch X E"]:
     """Rotary position embedding with explicit positions, in the half-split layout.
 

@@ -63,7 +63,7 @@ class TransformerConfig:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}.")
 
     def rope_frequencies(self) -> Float[np.ndarray, " half"]:
-        """theta^(-2i/E) for i in [0, E/2), stretched by `rope_scaling`; float64, radians a position."""
+        """theta^(-2i/E) for i in [0, E/2), stretched by `rope_scaling`; radians a position."""
         exponents = np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim
         frequencies = self.rope_theta**-exponents
         scaling = self.rope_scaling
@@ -112,7 +112,7 @@ class Block(eqx.Module):
 
 
 class Transformer(eqx.Module):
-    """Embedding, `num_layers` blocks (stacked, scanned) and a final norm: tokens -> hidden states."""
+    """Embedding, `num_layers` stacked and scanned blocks, final norm: tokens -> hidden states."""
 
     embedding: Float[Array, "V D"]
     blocks: Block

@@ -90,7 +90,8 @@ def logprobs_from_hidden(
 
     rows, ids = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
     if chunk_size is None or chunk_size >= rows.shape[0]:
-        return tuple(x.reshape(tokens.shape) for x in head(rows, ids))
+        logprobs, entropies = head(rows, ids)
+        return logprobs.reshape(tokens.shape), entropies.reshape(tokens.shape)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token or None, got {chunk_size}.")
     count = -(-rows.shape[0] // chunk_size)
@@ -98,4 +99,5 @@ def logprobs_from_hidden(
     rows = jnp.pad(rows, ((0, padding), (0, 0))).reshape(count, chunk_size, -1)
     ids = jnp.pad(ids, (0, padding)).reshape(count, chunk_size)
     chunks = jax.lax.map(lambda pair: jax.checkpoint(head)(*pair), (rows, ids))
-    return tuple(x.reshape(-1)[: tokens.size].reshape(tokens.shape) for x in chunks)
+    logprobs, entropies = (x.reshape(-1)[: tokens.size] for x in chunks)
+    return logprobs.reshape(tokens.shape), entropies.reshape(tokens.shape)

@@ -206,15 +206,18 @@ class PPOConfig:
         def optimizer() -> optax.GradientTransformation:
             if self.weight_decay == 0.0:
                 return optax.scale_by_adam()
-            return optax.chain(
-                optax.scale_by_adam(), optax.add_decayed_weights(self.weight_decay)
-            )
+            return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(self.weight_decay))
 
         return Learner(actor_optimizer=optimizer(), critic_optimizer=optimizer())
 
 
 _RANGES = (
-    (("learning_rate_actor", "learning_rate_critic", "kl_coeff", "value_coeff"), 0, math.inf, False),
+    (
+        ("learning_rate_actor", "learning_rate_critic", "kl_coeff", "value_coeff"),
+        0,
+        math.inf,
+        False,
+    ),
     (("clip_ratio_high", "weight_decay"), 0, math.inf, False),
     (("clip_ratio",), 0, 1, False),
     (("gamma", "lambda_gae", "min_p"), 0, 1, False),

@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 
 def draw_curves(
@@ -49,7 +50,7 @@ def _curve(axes: Axes, points: Sequence[tuple[int, float]], title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _saved(figure: plt.Figure, path: Path) -> Path:
+def _saved(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path

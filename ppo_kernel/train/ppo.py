@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ..io.checkpoint import load_checkpoint, save_checkpoint
 from ..io.tokenizer import Tokenizer
 from ..iteration import CompiledIteration, compile_iteration
 from ..models.heads import ValueModel
-from ..scoring import ModelReward, full_sequences
+from ..scoring import ModelReward
 from ..sharding import make_mesh, place
 from ..types import Prompts, RewardFn, Rollout
 from .config import PPOConfig
@@ -44,7 +44,9 @@ class PythonReward:
             ValueError: there is no tokenizer, or a wrong number of scores, or one not finite.
         """
         if self.tokenizer is None:
-            raise ValueError("this PythonReward has no tokenizer; pass PythonReward(score, tokenizer).")
+            raise ValueError(
+                "this PythonReward has no tokenizer; pass PythonReward(score, tokenizer)."
+            )
         prompts = decode(self.tokenizer, rollout.prompt_tokens, rollout.prompt_mask)
         responses = decode(self.tokenizer, rollout.tokens, rollout.mask)
         scores = np.asarray(self.score(prompts, responses), np.float64)
@@ -62,9 +64,7 @@ class PythonReward:
         return jnp.asarray(scores, jnp.result_type(float))
 
 
-def decode(
-    tokenizer: Tokenizer, tokens: Int[Array, "B X"], mask: Bool[Array, "B X"]
-) -> list[str]:
+def decode(tokenizer: Tokenizer, tokens: Int[Array, "B X"], mask: Bool[Array, "B X"]) -> list[str]:
     """The text of the valid tokens of each row."""
     rows, masks = np.asarray(tokens), np.asarray(mask)
     return [tokenizer.decode(row[valid]) for row, valid in zip(rows, masks, strict=True)]
@@ -73,8 +73,8 @@ def decode(
 class PPOBatch(eqx.Module):
     """Prompts as a data loader gives them: padded on either side, `attention_mask` says where."""
 
-    input_ids: Int[Array, "N P"] | Int[np.ndarray, "N P"]
-    attention_mask: Int[Array, "N P"] | Bool[Array, "N P"] | Int[np.ndarray, "N P"] | Bool[np.ndarray, "N P"]  # fmt: skip
+    input_ids: Int[ArrayLike, "N P"]
+    attention_mask: Int[ArrayLike, "N P"] | Bool[ArrayLike, "N P"]
 
     def prompts(self) -> Prompts:
         """The same prompts left-padded, numbered by their place in the batch.
@@ -167,7 +167,7 @@ class PPOTrainer:
         rng_key: Array,
         mesh: Mesh | None = None,
     ):
-        if not jax.dtypes.issubdtype(rng_key.dtype, jax.dtypes.prng_key):
+        if not jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key):
             raise ValueError("rng_key must be a typed key: jax.random.key(seed), not PRNGKey.")
         if mesh is None and jax.device_count() > 1:
             mesh = make_mesh()

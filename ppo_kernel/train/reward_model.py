@@ -24,7 +24,7 @@ def sequence_scores(
 def bradley_terry_loss(
     chosen: Float[Array, "*batch"], rejected: Float[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
-    """-log sigmoid(chosen - rejected) per pair (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1)."""
+    """-log sigmoid(chosen - rejected) a pair (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1)."""
     return jax.nn.softplus(rejected - chosen)
 
 
@@ -48,7 +48,8 @@ def rated_pairs_loss(
         Nats a pair.
     """
     label = jax.nn.sigmoid(sharpness * (ratings[:, None] - ratings[None, :]))
-    losses = label * bradley_terry_loss(scores[:, None], scores[None, :])
+    chosen = jnp.broadcast_to(scores[:, None], label.shape)
+    losses = label * bradley_terry_loss(chosen, chosen.T)
     count = scores.shape[0] * (scores.shape[0] - 1)
     # i = j adds a constant log(2) / 2, without gradient, that does not belong to the mean.
     off_diagonal = ~jnp.eye(scores.shape[0], dtype=bool)

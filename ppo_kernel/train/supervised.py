@@ -42,8 +42,9 @@ class FitConfig:
     def __post_init__(self):
         if self.num_steps < 1 or self.batch_size < len(self.widths) or min(self.widths) < 1:
             raise ValueError(
-                f"num_steps={self.num_steps}, batch_size={self.batch_size} and widths={self.widths} "
-                "must be at least 1, and a batch must have a sequence for every width."
+                f"num_steps={self.num_steps}, batch_size={self.batch_size} and "
+                f"widths={self.widths} must be at least 1, and a batch must have a sequence for "
+                "every width."
             )
 
     def optimizer(self) -> optax.GradientTransformation:

@@ -66,9 +66,7 @@ def test_the_familiar_program_runs(folders, tmp_path):
     policy = CausalLM.from_pretrained(config.sft_model_path)
     reward_model = RewardModel.from_pretrained(config.reward_model_path)
     actor_critic = PPOActorCritic(policy_model=policy, reward_model=reward_model, config=config)
-    trainer = PPOTrainer(
-        config=config, actor_critic_model=actor_critic, rng_key=jax.random.key(0)
-    )
+    trainer = PPOTrainer(config=config, actor_critic_model=actor_critic, rng_key=jax.random.key(0))
     input_ids = np.random.default_rng(0).integers(2, 24, (16, 5))
     batch = PPOBatch(input_ids=input_ids, attention_mask=np.ones((16, 5), np.int64))
     metrics = trainer.train_step(batch)
@@ -86,9 +84,7 @@ def test_the_familiar_program_runs(folders, tmp_path):
     assert changed > 0.0, "the policy is trained, and the one passed in stays as it was"
 
     # Law 9: a trainer that loads the checkpoint goes on bit for bit.
-    second = PPOTrainer(
-        config=config, actor_critic_model=actor_critic, rng_key=jax.random.key(99)
-    )
+    second = PPOTrainer(config=config, actor_critic_model=actor_critic, rng_key=jax.random.key(99))
     second.load_checkpoint(tmp_path / "checkpoint")
     assert second.train_step(batch) == trainer.train_step(batch)
     with pytest.raises(ValueError, match="no checkpoint at"):

@@ -39,7 +39,7 @@ PROMPT_WIDTH = len("99+99=")
 ANSWER_WIDTH = len("198") + 1
 """Tokens of the longest answer, EOS included."""
 
-NUM_ITERATIONS = 240
+NUM_ITERATIONS = 220
 
 Problem = tuple[int, int]
 
@@ -72,7 +72,7 @@ class ArithmeticSettings:
     sft: FitConfig = FitConfig(
         num_steps=2000, batch_size=128, widths=(PROMPT_WIDTH + ANSWER_WIDTH,), learning_rate=3e-3
     )
-    sft_stops_at: float = 0.48
+    sft_stops_at: float = 0.42
     ppo: PPOConfig = field(
         default_factory=lambda: PPOConfig(
             learning_rate_actor=6e-4, learning_rate_critic=1e-3, learning_rate_schedule=decay,
@@ -83,7 +83,7 @@ class ArithmeticSettings:
     )  # fmt: skip
     num_iterations: int = NUM_ITERATIONS
     operands: tuple[int, int] = (10, 99)
-    sft_share: float = 0.25
+    sft_share: float = 0.4
     held_out_share: float = 0.1
     num_stop_problems: int = 512
 
@@ -155,7 +155,7 @@ class Examiner:
     ):
         prompts = as_prompts(
             tokenizer.encode([question(problem) for problem in problems]),
-            pad_id=tokenizer.pad_id, width=PROMPT_WIDTH,
+            pad_id=tokenizer.id_of(EOS), width=PROMPT_WIDTH,
         )  # fmt: skip
 
         def evaluator(top_k: int | None) -> Evaluator:
@@ -165,7 +165,7 @@ class Examiner:
                 reward=PythonReward(exact, tokenizer),
                 tokenizer=tokenizer,
                 config=GenerationConfig(
-                    ANSWER_WIDTH, (tokenizer.eos_id,), tokenizer.pad_id, top_k=top_k
+                    ANSWER_WIDTH, (tokenizer.id_of(EOS),), tokenizer.id_of(EOS), top_k=top_k
                 ),
                 key=jax.random.key(seed),
                 traceable=False,
@@ -199,7 +199,7 @@ def fit_sft(
     tokenizer = make_tokenizer()
     model = CausalLM.init(jax.random.key(seed), settings.policy, tokenizer=tokenizer)
     texts = [f"{question(problem)}{sum(problem)}" for problem in problems.sft]
-    sequences = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode(texts)]
+    sequences = [[*ids, tokenizer.id_of(EOS)] for ids in tokenizer.encode(texts)]
     asked = problems.ppo[: settings.num_stop_problems]
     examiner = Examiner(asked, reference=model.model, tokenizer=tokenizer, seed=seed + 2)
     trained = fit(
@@ -222,7 +222,7 @@ def run_arithmetic(
     problems = split_problems(settings, seed)
     run.config(task="arithmetic", seed=seed, settings=settings)
     sft = fit_sft(problems, settings, display, run, seed)
-    tokenizer = sft.tokenizer
+    tokenizer = make_tokenizer()
     examiner = Examiner(problems.held_out, reference=sft.model, tokenizer=tokenizer, seed=seed + 3)
     before = examiner.sampled(sft.model), examiner.greedy(sft.model)
     trainer = PPOTrainer(

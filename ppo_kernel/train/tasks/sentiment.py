@@ -33,6 +33,7 @@ from ..supervised import FitConfig, batches, fit
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 DROPPED = "<unk>"
+PROMPT_SLOTS, NEW_TOKENS = 8, 24
 
 
 def _transformer(width: int) -> TransformerConfig:
@@ -48,9 +49,7 @@ class SentimentSettings:
 
     policy: TransformerConfig = _transformer(128)
     reward_model: TransformerConfig = _transformer(64)
-    sft: FitConfig = FitConfig(
-        num_steps=1000, batch_size=32, widths=(26, 48), learning_rate=3e-3
-    )
+    sft: FitConfig = FitConfig(num_steps=1000, batch_size=32, widths=(26, 48), learning_rate=3e-3)
     reward: FitConfig = FitConfig(
         num_steps=450, batch_size=128, widths=(22, 48), learning_rate=3e-3, average=0.99
     )
@@ -58,12 +57,12 @@ class SentimentSettings:
         default_factory=lambda: PPOConfig(
             learning_rate_actor=5e-4, learning_rate_critic=1e-3, train_batch_size=128,
             num_minibatches=2, num_ppo_epochs=2, kl_coeff=0.1, kl_target=7.0, kl_horizon=1280.0,
-            max_seq_len=32, max_new_tokens=24, missing_eos_penalty=0.2,
+            max_seq_len=PROMPT_SLOTS + NEW_TOKENS, max_new_tokens=NEW_TOKENS,
+            missing_eos_penalty=0.2,
         )
     )  # fmt: skip
     num_iterations: int = 50
     prompt_tokens: tuple[int, int] = (2, 6)
-    prompt_width: int = 8
     num_evaluation_prompts: int = 256
 
 
@@ -114,7 +113,7 @@ def prepare(ratings: Sequence[RatedText], settings: SentimentSettings, seed: int
     tokenizer = train_tokenizer([rated.text for rated in train], settings.policy.vocab_size)
 
     def encode(rated: Sequence[RatedText]) -> list[list[int]]:
-        return [[*ids, tokenizer.eos_id] for ids in tokenizer.encode([r.text for r in rated])]
+        return [[*ids, tokenizer.id_of(EOS)] for ids in tokenizer.encode([r.text for r in rated])]
 
     sequences = encode(train)
     return Data(
@@ -134,7 +133,7 @@ def augment(tokens: Sequence[int], rng: np.random.Generator, dropped_id: int) ->
     PPO shows it unfinished texts, and with 20,000 texts it would otherwise learn them by heart.
     """
     if rng.random() < 0.3 and len(tokens) > 6:
-        tokens = tokens[: rng.integers(6, len(tokens))]
+        tokens = tokens[: int(rng.integers(6, len(tokens)))]
     missing = rng.random(len(tokens)) < 0.2
     missing[0] = False
     return np.where(missing, dropped_id, tokens).tolist()
@@ -155,12 +154,10 @@ def fit_reward_model(
 ) -> RewardModel:
     """Stage 2: Bradley-Terry on all pairs of human-rated texts of a batch."""
     start = RewardModel.on(
-        CausalLM.init(
-            jax.random.key(seed + 2), settings.reward_model, tokenizer=data.tokenizer
-        )
+        CausalLM.init(jax.random.key(seed + 2), settings.reward_model, tokenizer=data.tokenizer)
     )
     report = reporter("reward model", settings.reward.num_steps, display=display, run=run)
-    dropped = data.tokenizer.backend.token_to_id(DROPPED)
+    dropped = data.tokenizer.id_of(DROPPED)
     stream = batches(
         data.train, data.train_ratings, settings.reward, np.random.default_rng(seed + 3),
         augment=lambda tokens, rng: augment(tokens, rng, dropped),
@@ -242,21 +239,17 @@ def run_sentiment(
         rng_key=jax.random.key(seed + 5),
     )
     evaluator = Evaluator(
-        as_prompts(
-            evaluation_prompts, pad_id=data.tokenizer.pad_id, width=settings.prompt_width
-        ),
+        as_prompts(evaluation_prompts, pad_id=sft.pad_token_id, width=PROMPT_SLOTS),
         reference=sft.model,
         reward=ModelReward(reward_model.model),
         tokenizer=data.tokenizer,
-        config=GenerationConfig(
-            settings.ppo.max_new_tokens, (data.tokenizer.eos_id,), data.tokenizer.pad_id
-        ),
+        config=GenerationConfig(NEW_TOKENS, sft.eos_token_ids, sft.pad_token_id),
         key=jax.random.key(seed + 6),
     )
     judge = Judge()
     before = evaluator(sft.model)
     ppo_stage(
-        trainer, train_prompts, width=settings.prompt_width,
+        trainer, train_prompts, width=PROMPT_SLOTS,
         num_iterations=settings.num_iterations, display=display, run=run, seed=seed,
         evaluate=lambda policy: _judged(evaluator(policy), judge),
     )  # fmt: skip
@@ -347,7 +340,8 @@ def _print_result(
     rows = [
         [label, f"{figures[f'{key}_before']:.3f}", f"{figures[f'{key}_after']:.3f}"]
         for key, label in (
-            ("reward", "reward model"), ("judge", "independent judge"), ("distinct_2", "distinct-2"),
+            ("reward", "reward model"), ("judge", "independent judge"),
+            ("distinct_2", "distinct-2"),
             ("sft_perplexity", "perplexity under the SFT model"), ("length", "length, tokens"),
         )
     ]  # fmt: skip

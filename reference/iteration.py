@@ -1,0 +1,100 @@
+"""Stages 1 to 5 composed. Noise and minibatch order come from outside: they are not PPO's."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float64, Int
+
+from .advantages import gae
+from .config import Hyperparams, IterationConfig
+from .models.heads import Model
+from .ops.masked import masked_sum, whiten
+from .rewards import adaptive_kl_coef, token_rewards
+from .rollout import generate
+from .scoring import response_logprobs, score
+from .types import Experience, Prompts, Rollout, Scores
+from .update import TrainState, update
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Everything on the way from the prompts to the experience."""
+
+    rollout: Rollout
+    scores: Scores
+    rewards: Float64[np.ndarray, "B T"]
+    bootstrap_values: Float64[np.ndarray, " B"]
+    raw_advantages: Float64[np.ndarray, "B T"]
+    experience: Experience
+
+
+def ppo_iteration(
+    state: TrainState,
+    reference: Model,
+    prompts: Prompts,
+    hyperparams: Hyperparams,
+    noise: Float64[np.ndarray, "B T 2"],
+    order: Int[np.ndarray, "steps M"],
+    *,
+    reward: Callable,
+    config: IterationConfig,
+) -> tuple[TrainState, dict[str, float], Trace]:
+    """prompts -> rollout -> scores -> token rewards -> advantages -> minibatch epochs -> state."""
+    if hyperparams.kl_target is None:
+        state = replace(state, kl_coef=hyperparams.kl_coef)
+    trace = experience_of(
+        state, reference, prompts, hyperparams, noise, reward=reward, config=config
+    )
+    state, metrics = update(state, trace.experience, order, hyperparams, config=config)
+    experience, mask = trace.experience, trace.rollout.mask
+    log_ratios = experience.old_logprobs - experience.reference_logprobs
+    kl = masked_sum(log_ratios, mask) / max(int(mask.any(axis=1).sum()), 1)
+    if hyperparams.kl_target is not None:
+        kl_coef = adaptive_kl_coef(
+            np.asarray(state.kl_coef), np.asarray(kl), target=hyperparams.kl_target,
+            horizon=hyperparams.kl_horizon, num_sequences=len(mask),
+        )  # fmt: skip
+        state = replace(state, kl_coef=kl_coef)
+    return state, metrics | {"kl_divergence": kl}, trace
+
+
+def experience_of(
+    state: TrainState,
+    reference: Model,
+    prompts: Prompts,
+    hyperparams: Hyperparams,
+    noise: Float64[np.ndarray, "B T 2"],
+    *,
+    reward: Callable,
+    config: IterationConfig,
+) -> Trace:
+    """Stages 1 to 4."""
+    temperature = hyperparams.temperature
+    rollout = generate(
+        state.policy, prompts, noise, config=config.generation, temperature=temperature,
+        top_p=hyperparams.top_p, min_p=hyperparams.min_p,
+    )  # fmt: skip
+    scores = score(state.policy, reference, state.critic, rollout, temperature=temperature)
+    old_logprobs = rollout.logprobs
+    if config.recompute_old_logprobs:
+        old_logprobs, _ = response_logprobs(state.policy, rollout, temperature=temperature)
+    rewards = token_rewards(
+        reward(rollout), old_logprobs - scores.reference_logprobs,
+        rollout.mask, rollout.terminated,
+        kl_coef=state.kl_coef, kl_estimator=config.reward_kl,
+        missing_eos_penalty=hyperparams.missing_eos_penalty, score_clip=hyperparams.score_clip,
+    )  # fmt: skip
+    continues = ~rollout.terminated & config.bootstrap_truncated
+    bootstrap_values = np.where(continues, scores.bootstrap_values, 0.0)
+    raw_advantages, returns = gae(
+        rewards, scores.values, rollout.mask, bootstrap_values,
+        gamma=hyperparams.gamma, lam=hyperparams.lam,
+    )  # fmt: skip
+    advantages = raw_advantages
+    if config.whiten_advantages:
+        advantages = whiten(raw_advantages, rollout.mask)
+    experience = Experience(
+        rollout, old_logprobs, scores.reference_logprobs, scores.values, advantages, returns
+    )
+    return Trace(rollout, scores, rewards, bootstrap_values, raw_advantages, experience)

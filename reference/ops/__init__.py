@@ -1,0 +1,1 @@
+"""Array maths, one token at a time."""

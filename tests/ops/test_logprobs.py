@@ -1,0 +1,111 @@
+"""Laws of log-probabilities and entropies beyond their twins."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+
+from ppo_kernel.ops.logprobs import entropy, logprobs_from_hidden, token_logprobs
+from ppo_kernel.testing import (
+    TOLERANCES,
+    logits,
+    reals,
+    repadded_responses,
+    token_ids,
+)
+
+VOCABULARY, WIDTH, SHAPE = 7, 3, (4, 6)
+
+
+@given(logits((8, VOCABULARY)))
+def test_entropy_is_between_0_and_log_of_the_support(z):
+    h = np.asarray(entropy(jnp.asarray(z, jnp.float32)))
+    assert (h >= 0).all()
+    assert (h <= np.log(np.isfinite(z).sum(axis=-1)) + 1e-6).all()
+
+
+def test_entropy_at_its_bounds():
+    z = jnp.array([[2.0] * 4, [0.0, -jnp.inf, -jnp.inf, -jnp.inf]])
+    np.testing.assert_allclose(entropy(z), [np.log(4), 0], rtol=1e-6)
+
+
+@given(logits((8, VOCABULARY)), token_ids((8,), VOCABULARY))
+def test_logprobs_are_never_above_0_and_sum_to_1(z, tokens):
+    z = jnp.asarray(z, jnp.float32)
+    assert (np.asarray(token_logprobs(z, jnp.asarray(tokens))) <= 0).all()
+    each = [token_logprobs(z, jnp.full(8, v)) for v in range(VOCABULARY)]
+    np.testing.assert_allclose(np.exp(each).sum(axis=0), 1, rtol=1e-6)
+
+
+@given(logits((8, VOCABULARY)), token_ids((8,), VOCABULARY))
+def test_gradients_are_finite_and_those_of_the_softmax(z, tokens):
+    spared = np.take_along_axis(z, tokens[:, None], axis=-1)
+    np.put_along_axis(z, tokens[:, None], np.where(np.isinf(spared), 0, spared), axis=-1)
+    z, tokens = jnp.asarray(z, jnp.float32), jnp.asarray(tokens)
+    slope = jax.grad(lambda z: token_logprobs(z, tokens).sum())(z)
+    expected = jax.nn.one_hot(tokens, VOCABULARY) - jax.nn.softmax(z)
+    np.testing.assert_allclose(slope, expected, *TOLERANCES["float32"])
+    # dH/dz = -p (log p + H); a banned or vanishing token adds nothing.
+    p, logp = jax.nn.softmax(z), jax.nn.log_softmax(z)
+    surprise = jnp.where(p > 0, logp, 0.0) + entropy(z)[:, None]
+    slope = jax.grad(lambda z: entropy(z).sum())(z)
+    np.testing.assert_allclose(slope, -p * surprise, *TOLERANCES["float32"])
+
+
+def test_a_likely_token_keeps_its_digits_under_large_logits():
+    z, rare = jnp.array([1000.0, 992.0]), np.exp(-8) / (1 + np.exp(-8))
+    np.testing.assert_allclose(token_logprobs(z, jnp.array(0)), np.log1p(-rare), rtol=1e-3)
+    np.testing.assert_allclose(entropy(z), np.log1p(np.exp(-8)) + 8 * rare, rtol=1e-3)
+
+
+def loss(parameters, tokens, chunk_size):
+    hidden, weight, temperature = parameters
+    logprobs, entropies = logprobs_from_hidden(
+        hidden, tokens, lambda rows: rows @ weight, temperature=temperature, chunk_size=chunk_size
+    )
+    return jnp.sum(logprobs**2) + jnp.sum(jnp.cos(entropies)), (logprobs, entropies)
+
+
+judged = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnames="chunk_size")
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 8, 23, 24, 100])
+@given(reals((*SHAPE, WIDTH), 1), reals((WIDTH, VOCABULARY), 1), token_ids(SHAPE, VOCABULARY))
+def test_chunks_change_neither_values_nor_gradients(float64, chunk_size, hidden, weight, tokens):
+    parameters = tuple(map(jnp.asarray, (hidden, weight, 0.7)))
+    results = [judged(parameters, jnp.asarray(tokens), chunk_size=c) for c in (None, chunk_size)]
+    for whole, chunked in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(chunked, whole, *TOLERANCES["float64"])
+
+
+def test_no_chunk_holds_more_than_its_share_of_logits():
+    def largest(chunk_size):
+        sizes = []
+
+        def unembed(rows):
+            sizes.append(rows.shape[0])
+            return rows @ jnp.ones((WIDTH, VOCABULARY))
+
+        logprobs_from_hidden(
+            jnp.ones((*SHAPE, WIDTH)), jnp.zeros(SHAPE, int), unembed,
+            temperature=1.0, chunk_size=chunk_size,
+        )  # fmt: skip
+        return max(sizes)
+
+    assert [largest(c) for c in (None, 1, 5, 24)] == [24, 1, 5, 24]
+
+
+def test_refuses_an_empty_chunk():
+    with pytest.raises(ValueError, match="got 0"):
+        logprobs_from_hidden(
+            jnp.ones((1, 2, 3)), jnp.zeros((1, 2), int), lambda rows: rows,
+            temperature=1.0, chunk_size=0,
+        )  # fmt: skip
+
+
+@given(repadded_responses(SHAPE, VOCABULARY), reals((*SHAPE, VOCABULARY)))
+def test_pad_id_does_not_reach_valid_tokens(response, z):
+    mask, *padded = response
+    results = [token_logprobs(jnp.asarray(z), jnp.asarray(tokens)) for tokens in padded]
+    np.testing.assert_array_equal(*[np.asarray(x)[mask] for x in results])

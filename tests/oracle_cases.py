@@ -1,0 +1,171 @@
+"""Static settings of the iterations that the oracle judges, each said twice, and drawn numbers."""
+
+from dataclasses import dataclass, field
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+
+import reference.config
+import reference.derivatives
+import reference.ops.kl
+import reference.ops.masked
+import reference.scoring
+from ppo_kernel.config import GenerationConfig, IterationConfig
+from ppo_kernel.ops import kl, masked
+from ppo_kernel.scoring import ModelReward
+
+K1 = (kl.k1, reference.ops.kl.k1, reference.derivatives.k1_slope)
+K2 = (kl.k2, reference.ops.kl.k2, reference.derivatives.k2_slope)
+K3 = (kl.k3, reference.ops.kl.k3, reference.derivatives.k3_slope)
+K3_LIKE_K2 = (kl.with_gradient_of(kl.k3, kl.k2), reference.ops.kl.k3, K2[2])
+NO_KL = (None, None, None)
+
+TOKEN_MEAN = (masked.token_mean, reference.ops.masked.token_mean)
+SEQUENCE_MEAN = (masked.sequence_mean, reference.ops.masked.sequence_mean)
+FIXED_MEAN = (masked.fixed_mean(5), reference.ops.masked.fixed_mean(5))
+
+TASTE = np.cos(np.arange(50.0))
+"""Reward units of each token id."""
+
+
+class SequenceTaste:
+    """Sum over the response, one score a sequence."""
+
+    def shipped(self, rollout):
+        return jnp.sum(jnp.where(rollout.mask, jnp.asarray(TASTE)[rollout.tokens], 0.0), axis=1)
+
+    def reference(self, rollout):
+        pairs = zip(rollout.tokens, rollout.lengths, strict=True)
+        return np.array([sum(TASTE[row[:length]]) for row, length in pairs])
+
+
+class TokenTaste:
+    """One score a token."""
+
+    def shipped(self, rollout):
+        return jnp.asarray(TASTE)[rollout.tokens]
+
+    def reference(self, rollout):
+        return TASTE[rollout.tokens]
+
+
+class Judge:
+    """A reward model."""
+
+    def __init__(self):
+        with jax.enable_x64(True):
+            rng = np.random.default_rng(7)
+            self.model = oracle.draw_critic(oracle.trunk_config(num_layers=1), 8, rng)
+            self.shipped = ModelReward(self.model)
+            self.twin = oracle.model_to_reference(self.model)
+
+    def reference(self, rollout):
+        return reference.scoring.model_reward(self.twin, rollout)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Static settings of an iteration; pairs and triples hold (shipped, reference ...)."""
+
+    name: str
+    trunk: dict = field(default_factory=dict)
+    critic: dict | None = field(default_factory=dict)
+    generation: dict = field(default_factory=dict)
+    iteration: dict = field(default_factory=dict)
+    optional: tuple[str, ...] = ("value_clip", "max_grad_norm_actor", "max_grad_norm_critic")
+    reward_kl: tuple = K1
+    loss_kl: tuple = NO_KL
+    reduction: tuple = TOKEN_MEAN
+    reward: object = SequenceTaste()
+    prompts: tuple[int, int] = (4, 3)
+
+    def __repr__(self):
+        return self.name
+
+    def trunk_config(self):
+        return oracle.trunk_config(**self.trunk)
+
+    def critic_config(self):
+        """None for a head on the policy's trunk."""
+        return None if self.critic is None else oracle.trunk_config(**self.critic)
+
+    def config(self):
+        generation = {"max_new_tokens": 5, "eos_token_ids": (1,)} | self.generation
+        steps = {"num_epochs": 2, "num_minibatches": 2}
+        parts = {
+            "generation": GenerationConfig(**generation),
+            "reward_kl": self.reward_kl[0],
+            "loss_kl": self.loss_kl[0],
+            "reduction": self.reduction[0],
+        }
+        return IterationConfig(**parts, **(steps | self.iteration))
+
+    def reference_config(self):
+        steps = ("num_epochs", "num_minibatches", "microbatch_size", "logprob_chunk_size")
+        return reference.config.IterationConfig(
+            generation=reference.config.GenerationConfig(**vars(self.config().generation)),
+            reward_kl=self.reward_kl[1],
+            loss_kl_slope=self.loss_kl[2],
+            reduction=self.reduction[1],
+            **{name: x for name, x in self.iteration.items() if name not in steps},
+        )
+
+
+CASES = [
+    Case("grouped", trunk={"qkv_bias": True, "qk_norm": True}, prompts=(2, 3),
+         generation={"samples_per_prompt": 2, "top_k": 7, "eos_token_ids": (1, 4, 9),
+                     "min_new_tokens": 2},
+         iteration={"microbatch_size": 1}, reward_kl=NO_KL, loss_kl=K2,
+         optional=("value_clip", "dual_clip", "max_grad_norm_actor")),
+    Case("shared-tied", trunk={"tie_embeddings": True, "qkv_bias": True}, critic=None,
+         iteration={"bootstrap_truncated": True, "whiten_advantages": False},
+         loss_kl=K3_LIKE_K2, reduction=FIXED_MEAN, optional=("max_grad_norm_actor",)),
+    Case("nucleus", trunk={"qk_norm": True, "tie_embeddings": True}, reward_kl=K3,
+         reduction=SEQUENCE_MEAN, optional=("top_p", "min_p", "score_clip", "dual_clip"),
+         iteration={"recompute_old_logprobs": True, "logprob_chunk_size": 3, "num_epochs": 3}),
+    Case("shared-adaptive", critic=None, reduction=SEQUENCE_MEAN, reward=TokenTaste(),
+         reward_kl=K2, loss_kl=K3, optional=("kl_target", "value_clip", "max_grad_norm_critic"),
+         iteration={"microbatch_size": 2, "num_minibatches": 1}),
+    Case("never-ends", trunk={"num_kv_heads": 1, "num_layers": 1, "hidden_size": 12},
+         critic={"num_kv_heads": 4, "num_layers": 3}, reward=Judge(), prompts=(3, 4),
+         generation={"eos_token_ids": (), "max_new_tokens": 4}, loss_kl=K1,
+         iteration={"num_minibatches": 3, "bootstrap_truncated": True}),
+    Case("pad-is-eos", trunk={"num_kv_heads": 4, "vocab_size": 11}, prompts=(2, 3),
+         critic={"vocab_size": 11, "tie_embeddings": True, "qkv_bias": True, "qk_norm": True},
+         generation={"eos_token_ids": (2, 3, 5), "pad_token_id": 2, "samples_per_prompt": 3},
+         iteration={"num_minibatches": 2, "microbatch_size": 1}),
+]  # fmt: skip
+
+REQUIRED = {
+    "learning_rate_actor": st.floats(1e-3, 5e-2),
+    "learning_rate_critic": st.floats(1e-3, 5e-2),
+    "clip_ratio_low": st.floats(0.02, 0.5),
+    "clip_ratio_high": st.floats(0.02, 0.5),
+    "gamma": st.floats(0.0, 1.0),
+    "lam": st.floats(0.0, 1.0),
+    "kl_coef": st.floats(0.0, 0.5),
+    "kl_horizon": st.floats(10.0, 100.0),
+    "entropy_coef": st.floats(0.0, 0.5),
+    "value_coef": st.floats(0.1, 2.0),
+    "temperature": st.floats(0.5, 2.0),
+    "missing_eos_penalty": st.floats(0.0, 2.0),
+}
+OPTIONAL = {
+    "dual_clip": st.floats(1.01, 1.5),
+    "value_clip": st.floats(0.01, 0.5),
+    "kl_target": st.floats(0.1, 5.0),
+    "top_p": st.floats(0.3, 1.0),
+    "min_p": st.floats(0.01, 0.3),
+    "max_grad_norm_actor": st.floats(0.01, 1.0),
+    "max_grad_norm_critic": st.floats(0.01, 1.0),
+    "score_clip": st.floats(0.1, 2.0),
+}
+
+
+def hyperparameters(case):
+    """Drawn numbers; those that a case does not name among its optional ones are None."""
+    optional = {k: v if k in case.optional else st.none() for k, v in OPTIONAL.items()}
+    return st.fixed_dictionaries(REQUIRED | optional)

@@ -1,0 +1,91 @@
+"""Imports go down only, read from the source of every module that is there."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+ARRAYS_ONLY = {"rewards": {"ops"}, "advantages": {"ops"}, "losses": {"ops"}}
+DOWN = {
+    "cli": {"train", "plan"},
+    "train": {"iteration", "io"},
+    "plan": {"iteration", "io"},
+    "iteration": {"update"},
+    "update": {"rollout", "scoring", "rewards", "advantages", "losses"},
+    "rollout": {"models"},
+    "scoring": {"models"},
+    **ARRAYS_ONLY,
+    "io": {"models"},
+    "models": {"sharding"},
+    "sharding": {"config"},
+    "config": {"ops"},
+    "ops": {"types"},
+    "types": set(),
+}
+"""Each part of the package and what stands right below it; what stands below that is below too."""
+
+EVERYTHING = {"__init__", "__main__", "testing"}
+
+
+def below(part):
+    return set().union(*({lower} | below(lower) for lower in DOWN[part]))
+
+
+def modules(package):
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(path):
+    """Full dotted names of all that a file imports, wherever in it the import stands."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            prefix = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*prefix, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def named(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", modules("ppo_kernel"), ids=named)
+def test_package_imports_go_down(path):
+    part = path.relative_to(ROOT / "ppo_kernel").parts[0].removesuffix(".py")
+    if part in EVERYTHING:
+        return
+    assert part in DOWN, f"{part} is new: give it a place in the table above"
+    inside = [name.split(".")[1] for name in imported(path) if name.startswith("ppo_kernel.")]
+    up = set(inside) - below(part) - {part}
+    assert not up, f"{named(path)} imports {sorted(up)}, which stand above or beside it"
+
+
+@pytest.mark.parametrize("path", modules("ppo_kernel"), ids=named)
+def test_package_knows_neither_its_judges_nor_hypothesis(path):
+    forbidden = {"reference", "tests"} | (set() if path.stem == "testing" else {"hypothesis"})
+    assert not forbidden & {name.split(".")[0] for name in imported(path)}
+
+
+@pytest.mark.parametrize("path", modules("reference"), ids=named)
+def test_reference_imports_nothing_that_it_judges(path):
+    allowed = {"collections", "dataclasses", "functools", "itertools", "jaxtyping", "math", "numpy"}
+    assert {name.split(".")[0] for name in imported(path)} <= allowed | {"reference", "typing"}
+
+
+def test_importing_the_reference_loads_no_jax():
+    names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in modules("reference")]
+    code = f"import {', '.join(names)}, sys; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("part", ["rewards", "advantages", "losses"])
+def test_array_stages_use_aliases_but_no_record(part):
+    records = {"Prompts", "Rollout", "Scores", "Experience"}
+    names = {name.split(".")[-1] for name in imported(ROOT / f"ppo_kernel/{part}.py")}
+    assert not names & records

@@ -1,0 +1,135 @@
+"""The whole iteration, in float64, equals the NumPy oracle: every stage, every step, every number.
+
+Parameters, prompts and hyper-parameters are drawn; static settings come from `CASES`, because
+each of those compiles once.
+"""
+
+from functools import cache
+from unittest import mock
+
+import equinox as eqx
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import optax
+import oracle
+import pytest
+from hypothesis import Phase, given, settings
+from oracle import assert_near, model_to_reference, parameters_of, to_reference
+from oracle_cases import CASES, hyperparameters
+
+import reference.iteration
+import reference.update
+from ppo_kernel import iteration
+from ppo_kernel.advantages import gae
+from ppo_kernel.config import Hyperparams
+from ppo_kernel.iteration import collect
+from ppo_kernel.ops.sampling import sampling_noise
+from ppo_kernel.update import Learner, minibatch_order
+
+
+@cache
+def compiled(case):
+    """The shipped iteration of a case, which also hands out what passes between its stages."""
+
+    @eqx.filter_jit
+    def iterate(state, reference_policy, prompts, hyperparams):
+        seen = {}
+
+        def keep_collected(*inputs, **parts):
+            seen["collected"] = collect(*inputs, **parts)
+            return seen["collected"]
+
+        def estimator(rewards, values, mask, bootstrap_values, **discounts):
+            advantages, returns = gae(rewards, values, mask, bootstrap_values, **discounts)
+            seen["arrays"] = (rewards, values, bootstrap_values, advantages, returns)
+            return advantages, returns
+
+        with mock.patch.object(iteration, "collect", keep_collected):
+            new_state, metrics = iteration.ppo_iteration(
+                state, reference_policy, prompts, hyperparams,
+                reward=case.reward.shipped, config=case.config(), advantage_estimator=estimator,
+            )  # fmt: skip
+        sample_ids = seen["collected"].rollout.sample_ids
+        return new_state, metrics, seen | drawn_from_key(case, state, sample_ids)
+
+    return iterate
+
+
+def drawn_from_key(case, state, sample_ids):
+    """The noise and the order that the shipped iteration draws from its key."""
+    config = case.config()
+    rollout_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.iteration))
+    return {
+        "noise": sampling_noise(rollout_key, sample_ids, config.generation.max_new_tokens),
+        "order": minibatch_order(update_key, sample_ids, config.num_epochs, config.num_minibatches),
+    }
+
+
+def assert_same_experience(seen, trace):
+    collected, expected = seen["collected"], trace.experience
+    rollout, mask = collected.rollout, trace.rollout.mask
+    for name in ("prompt_tokens", "prompt_mask", "sample_ids", "tokens", "mask", "lengths",
+                 "terminated"):  # fmt: skip
+        np.testing.assert_array_equal(getattr(rollout, name), getattr(trace.rollout, name), name)
+    rewards, values, bootstrap_values, advantages, returns = seen["arrays"]
+    for name, got, want in (
+        ("logprobs", rollout.logprobs, trace.rollout.logprobs),
+        ("behaviour", rollout.behaviour_logprobs, trace.rollout.behaviour_logprobs),
+        ("old logprobs", collected.old_logprobs, expected.old_logprobs),
+        ("reference logprobs", collected.scores.reference_logprobs, expected.reference_logprobs),
+        # Past the end of a response the shipped values mean nothing.
+        ("values", np.where(mask, values, 0.0), expected.old_values),
+        ("last values", collected.scores.bootstrap_values, trace.scores.bootstrap_values),
+        ("bootstrap values", bootstrap_values, trace.bootstrap_values),
+        ("rewards", rewards, trace.rewards),
+        ("advantages", advantages, trace.raw_advantages),
+        ("returns", returns, expected.returns),
+    ):
+        assert_near(np.asarray(got), want, name)
+
+
+def assert_same_state(state, expected):
+    """Parameters, and Adam's moments: the first one is a running mean of the gradients."""
+    for role, optimizer_state, model, twin, moments in (
+        ("policy", state.actor_optimizer_state, state.policy, expected.policy,
+         expected.actor_moments),
+        ("critic", state.critic_optimizer_state, state.critic, expected.critic,
+         expected.critic_moments),
+    ):  # fmt: skip
+        assert isinstance(optimizer_state, optax.ScaleByAdamState)
+        assert int(optimizer_state.count) == moments.count
+        assert_near(parameters_of(optimizer_state.mu), moments.first, f"{role}, first moment")
+        assert_near(parameters_of(optimizer_state.nu), moments.second, f"{role}, second moment")
+        assert_near(parameters_of(model), twin.parameters, f"{role}, parameters")
+    assert_near(np.asarray(state.kl_coef), np.asarray(expected.kl_coef), "KL coefficient")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@settings(max_examples=4, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(data=st.data())
+def test_two_iterations_equal_the_oracle(float64, case, data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "seed"))
+    hyperparams = Hyperparams(**data.draw(hyperparameters(case), "hyperparameters"))
+    trunk = case.trunk_config()
+    policy, frozen = (oracle.draw_policy(trunk, rng) for _ in range(2))
+    critic = oracle.draw_critic(case.critic_config(), trunk.hidden_size, rng)
+    key = jax.random.key(int(rng.integers(2**31)))
+    state = Learner().init(policy, critic, key, hyperparams)
+    expected = reference.update.TrainState.start(
+        model_to_reference(policy), model_to_reference(critic), float(hyperparams.kl_coef)
+    )
+    for _ in range(2):
+        # A sequence of one repeated token has no gradient in its queries and keys; Adam would
+        # make a step of the rounding error that is left. Two distinct tokens keep it away.
+        prompts = oracle.draw_prompts(*case.prompts, trunk.vocab_size, rng, shortest=2)
+        state, metrics, seen = compiled(case)(state, frozen, prompts, hyperparams)
+        expected, expected_metrics, trace = reference.iteration.ppo_iteration(
+            expected, model_to_reference(frozen), to_reference(prompts),
+            to_reference(hyperparams), np.float64(seen["noise"]), np.asarray(seen["order"]),
+            reward=case.reward.reference, config=case.reference_config(),
+        )  # fmt: skip
+        assert_same_experience(seen, trace)
+        assert_same_state(state, expected)
+        for name, number in expected_metrics.items():
+            assert_near(np.asarray(metrics[name]), np.asarray(number), name)
