@@ -13,7 +13,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/ppo-kernel demo --task $(TASK)
 
 test: $(VENV)/.installed-$(EXTRAS)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest bench --benchmark-group-by=group --benchmark-columns=median,min,rounds
