@@ -40,20 +40,23 @@ def gae(
     dtype = wider_type(at_least_float32(rewards).dtype, values.dtype)
     rewards, values = rewards.astype(dtype), values.astype(dtype)
     gamma, lam = jnp.asarray(gamma, dtype), jnp.asarray(lam, dtype)
-
-    def backward(carry, inputs):
-        next_advantage, next_value = carry
-        reward, value, valid = inputs
-        delta = reward + gamma * next_value - value
-        advantage = delta + gamma * lam * next_advantage
-        carry = (
-            jnp.where(valid, advantage, next_advantage),
-            jnp.where(valid, value, next_value),
-        )
-        return carry, jnp.where(valid, advantage, 0.0)
-
     last = bootstrap_values.astype(dtype)
-    over_time = (rewards.T, values.T, mask.T)
-    _, advantages = jax.lax.scan(backward, (jnp.zeros_like(last), last), over_time, reverse=True)
+    carry = (jnp.zeros_like(last), last, gamma, gamma * lam)
+    _, advantages = jax.lax.scan(_backward, carry, (rewards.T, values.T, mask.T), reverse=True)
     advantages = advantages.T
     return advantages, jnp.where(mask, advantages + values, 0.0)
+
+
+def _backward(carry, inputs):
+    """One token of the recursion. No closure: a call outside jit would compile each one anew."""
+    next_advantage, next_value, gamma, decay = carry
+    reward, value, valid = inputs
+    delta = reward + gamma * next_value - value
+    advantage = delta + decay * next_advantage
+    carry = (
+        jnp.where(valid, advantage, next_advantage),
+        jnp.where(valid, value, next_value),
+        gamma,
+        decay,
+    )
+    return carry, jnp.where(valid, advantage, 0.0)

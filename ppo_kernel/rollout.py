@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from .config import GenerationConfig
 from .models.base import Cache, Policy
+from .ops.logprobs import token_logprobs
 from .ops.masked import at_least_float32, wider_type
 from .ops.sampling import ban_tokens, restrict_logits, sample_tokens, sampling_noise
 from .types import Prompts, Rollout, Scalar
@@ -69,8 +70,7 @@ def generate(
         tokens, behaviour = sample_tokens(allowed, noise[:, t])
         if allowed is logits:
             return tokens, behaviour, behaviour
-        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-        return tokens, chosen - jax.nn.logsumexp(logits, axis=-1), behaviour
+        return tokens, token_logprobs(logits, tokens), behaviour
 
     def write(hidden, t, done, written):
         tokens, logprobs, behaviour = draw(hidden, t)

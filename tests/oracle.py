@@ -1,6 +1,7 @@
 """Between the shipped records and those of the reference: one way for each, and drawn models."""
 
 from dataclasses import fields
+from functools import cache
 
 import equinox as eqx
 import jax
@@ -29,26 +30,36 @@ def trunk_config(**settings) -> TransformerConfig:
     return TransformerConfig(**(sizes | types | settings))
 
 
-def drawn(init, rng: np.random.Generator):
-    """The model that `init` would make, with random numbers: norms about 1, the rest about 0."""
+def draw_policy(config: TransformerConfig, rng: np.random.Generator) -> LanguageModel:
+    """A random policy."""
+    return _filled(_policy_shapes(config), rng)
+
+
+def draw_critic(config: TransformerConfig | None, width: int, rng: np.random.Generator):
+    """A random critic; None gives a head for a policy's trunk of that width."""
+    return _filled(_critic_shapes(config, width), rng)
+
+
+@cache
+def _policy_shapes(config):
+    return eqx.filter_eval_shape(lambda: LanguageModel.init(jax.random.key(0), config))
+
+
+@cache
+def _critic_shapes(config, width):
+    if config is None:
+        return eqx.filter_eval_shape(lambda: ValueHead(jnp.zeros(width)))
+    return eqx.filter_eval_shape(lambda: ValueModel.on(Transformer.init(jax.random.key(0), config)))
+
+
+def _filled(shapes, rng: np.random.Generator):
+    """Random numbers of these shapes: norms about 1, the rest about 0."""
 
     def fill(path, leaf):
         centre = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
         return jnp.asarray(centre + 0.4 * rng.standard_normal(leaf.shape), leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(fill, eqx.filter_eval_shape(init))
-
-
-def draw_policy(config: TransformerConfig, rng: np.random.Generator) -> LanguageModel:
-    """A random policy."""
-    return drawn(lambda: LanguageModel.init(jax.random.key(0), config), rng)
-
-
-def draw_critic(config: TransformerConfig | None, width: int, rng: np.random.Generator):
-    """A random critic; None gives a head for a policy's trunk of that width."""
-    if config is None:
-        return drawn(lambda: ValueHead(jnp.zeros(width)), rng)
-    return drawn(lambda: ValueModel.on(Transformer.init(jax.random.key(0), config)), rng)
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def draw_prompts(

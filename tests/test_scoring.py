@@ -45,7 +45,7 @@ def draw(critic, seed):
 
 
 @pytest.mark.parametrize(("critic", "chunk_size"), [("separate", None), ("shared", 3)])
-@settings(max_examples=6, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(max_examples=4, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(seed=st.integers(0, 2**32 - 1), temperature=st.floats(0.3, 3.0))
 def test_scores_equal_the_reference(float64, critic, chunk_size, seed, temperature):
     policy, frozen, critic_model, rollout = draw(critic, seed)
@@ -64,7 +64,7 @@ def test_scores_equal_the_reference(float64, critic, chunk_size, seed, temperatu
     assert_near(np.asarray(entropies), again[1], "entropies", 1e-10)
 
 
-@settings(max_examples=6, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(max_examples=4, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(seed=st.integers(0, 2**32 - 1))
 def test_model_reward_is_the_value_after_the_last_token(float64, seed):
     _, _, model, rollout = draw("separate", seed)

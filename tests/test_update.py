@@ -24,7 +24,7 @@ from ppo_kernel.types import Experience
 from ppo_kernel.update import Learner, minibatch_order, update
 
 ROWS, SHAPE, VOCABULARY = 4, (3, 4), 13
-drawn = settings(max_examples=6, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+drawn = settings(max_examples=4, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 seeds = st.integers(0, 2**32 - 1)
 
 GRADIENTS = optax.GradientTransformation(
@@ -131,7 +131,7 @@ def assert_gradients(state, experience, hyperparams, config):
 @drawn
 @given(
     seed=seeds,
-    limits=st.tuples(*[st.none() | st.floats(1e-3, 2.0)] * 2),
+    limits=st.tuples(*[st.floats(1e-3, 2.0)] * 2),
     poisoned=st.sampled_from((None, 0, 3)),
 )
 @pytest.mark.filterwarnings("ignore:invalid value")
@@ -163,7 +163,7 @@ def test_steps_equal_the_reference(float64, seed, limits, poisoned):
 
 
 def poison(experience, row):
-    """`experience` with a NaN advantage at the first token of a row that has one at all."""
+    """`experience` with a full response in that row, and a NaN advantage at its first token."""
     rollout = experience.rollout
     rollout = replace(
         rollout,
@@ -177,7 +177,7 @@ def poison(experience, row):
 @pytest.mark.parametrize("field", ["advantages", "returns"])
 def test_a_gradient_that_is_not_finite_changes_nothing(float64, field):
     """Neither model moves, whichever of the two gradients it is; every step is counted."""
-    state, experience, hyperparams = draw(5)
+    state, experience, hyperparams = draw(5, max_grad_norm_actor=1.0, max_grad_norm_critic=1.0)
     for row in range(ROWS):
         experience = poison(experience, row)
     broken = {name: jnp.zeros_like(experience.advantages) for name in ("advantages", "returns")}
