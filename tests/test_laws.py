@@ -119,7 +119,8 @@ def _updated(batch, config, mesh=None):
     )
     policy = tiny.language_model()
     state = place(tiny.start(hyperparams, policy=policy), mesh, "parameter")
-    inputs = (place(policy, mesh, "parameter"), place(batch, mesh, "batch"))
+    reference = tiny.language_model(seed=8)
+    inputs = (place(reference, mesh, "parameter"), place(batch, mesh, "batch"))
     return tiny.one_step(state, *inputs, place(hyperparams, mesh, "parameter"), config, mesh=mesh)
 
 
@@ -203,6 +204,7 @@ def test_law_8_collect_then_learn_is_the_single_program(float64):
 
 def test_law_8_vmap_over_seeds_and_coefficients_is_a_loop(float64):
     config, batch, policy = tiny.iteration_config(), tiny.prompts(), tiny.language_model()
+    reference = tiny.language_model(seed=8)
     swept = [
         Hyperparams(learning_rate_actor=r, clip_ratio_low=c, clip_ratio_high=c, kl_coef=k)
         for r, c, k in ((1e-2, 0.1, 0.0), (3e-3, 0.3, 0.2))
@@ -211,7 +213,7 @@ def test_law_8_vmap_over_seeds_and_coefficients_is_a_loop(float64):
 
     def iteration(state, hyperparams):
         return ppo_iteration(
-            state, policy, batch, hyperparams, reward=tiny.even_tokens, config=config
+            state, reference, batch, hyperparams, reward=tiny.even_tokens, config=config
         )
 
     def stack(*xs):

@@ -108,7 +108,7 @@ def test_a_reward_model_learns_an_order_that_ridge_learns_too():
     rng = np.random.default_rng(0)
     sequences = [[2, *rng.integers(3, 13, 4).tolist(), 1] for _ in range(64)]
     ratings = [float(np.mean([token >= 8 for token in s[1:-1]])) for s in sequences]
-    config = FitConfig(num_steps=80, batch_size=16, widths=(6,), learning_rate=1e-2, average=0.9)
+    config = FitConfig(num_steps=200, batch_size=16, widths=(6,), learning_rate=2e-2, average=0.9)
     start = eqx.tree_at(lambda m: m.head.weight, tiny.value_model(), jnp.zeros(16))
     model = fit(start, reward_model_loss, batches(sequences, ratings, config, rng), config)
     scores = score_sequences(model, sequences, width=8, batch_size=10)
