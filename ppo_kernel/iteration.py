@@ -177,7 +177,7 @@ class CompiledIteration(NamedTuple):
         step: (state, reference, prompts, hyperparams, reward) -> (state, metrics).
         collect: (state, reference, prompts, hyperparams) -> collected.
         learn: (state, collected, scores, hyperparams) -> (state, metrics).
-        lower: same arguments as `step`, -> the lowered program, to inspect or compile ahead.
+        lower: same arguments as `step`, -> `jax.stages.Lowered`: HLO, memory and cost analysis.
     """
 
     step: Callable
@@ -223,7 +223,7 @@ def compile_iteration(
         step=lambda state, *inputs: step(inputs, state),
         collect=first_half,
         learn=lambda state, *inputs: second_half(inputs, state),
-        lower=lambda state, *inputs: step.lower(inputs, state),
+        lower=lambda state, *inputs: step.lower(inputs, state).lowered,
     )
 
 

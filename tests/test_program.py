@@ -24,7 +24,7 @@ def compiled_text() -> str:
     config = tiny.iteration_config(loss_kl=k3, microbatch_size=2)
     compiled = compile_iteration(config=config)
     lowered = compiled.lower(state, policy, tiny.prompts(), hyperparams, tiny.even_tokens)
-    return lowered.compile().compiled.as_text()
+    return lowered.compile().as_text()
 
 
 def test_the_iteration_never_calls_the_host(compiled_text):

@@ -14,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 _SHOWN = {
     "loss": "loss",
@@ -43,10 +44,11 @@ class Display:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}"),
             console=self.console,
         )
-        self._live = Live(Group(self._progress), console=self.console, refresh_per_second=4)
+        self._newest = Text()
+        view = Group(self._progress, self._newest)
+        self._live = Live(view, console=self.console, refresh_per_second=4)
         self._tasks: dict[str, TaskID] = {}
         self._printed = 0.0
 
@@ -61,7 +63,7 @@ class Display:
 
     def stage(self, name: str, total: int) -> None:
         """Begin a stage of `total` steps."""
-        self._tasks[name] = self._progress.add_task(name, total=total, metrics="")
+        self._tasks[name] = self._progress.add_task(name, total=total)
         if not self.console.is_terminal:
             self.console.print(f"{name}: {total} steps")
 
@@ -71,13 +73,14 @@ class Display:
             f"{label} {metrics[key]:.4g}" for key, label in _SHOWN.items() if key in metrics
         )
         task = self._tasks[name]
-        self._progress.update(task, completed=step, metrics=shown)
+        self._progress.update(task, completed=step)
+        self._newest.plain = f"{name} {step}  {shown}"
         last = step == self._progress.tasks[task].total
         if not self.console.is_terminal and (last or time.monotonic() - self._printed > 5.0):
             self._printed = time.monotonic()
             left = self._progress.tasks[task].time_remaining
             ending = "" if left is None else f"  left {left:.0f} s"
-            self.console.print(f"{name} {step}  {shown}{ending}")
+            self.console.print(f"{name} {step}  {shown}{ending}", soft_wrap=True)
 
     def print(self, *items: object) -> None:
         """Print above the live view."""
