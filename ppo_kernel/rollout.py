@@ -1,15 +1,19 @@
 """Stage 1: prompts -> rollout. A batched prefill, then a compiled decode-and-sample loop."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from .config import GenerationConfig
-from .models.base import Cache, Policy
+from .models.base import Cache, Decoder, Policy
 from .ops.logprobs import token_logprobs
 from .ops.masked import at_least_float32, wider_type
 from .ops.sampling import ban_tokens, restrict_logits, sample_tokens, sampling_noise
 from .types import Prompts, Rollout, Scalar
+
+_Drawn = tuple[Int[Array, " B"], Float[Array, " B"], Float[Array, " B"]]
 
 
 def generate(
@@ -58,19 +62,59 @@ def generate(
 
     hidden, cache = policy.prefill(prompts.tokens, prompts.mask, width + length - 1)
     hidden, cache = (_repeat(x, samples) for x in (hidden, cache))
-    step = policy.decoder()
 
-    def draw(hidden: Float[Array, "B D"], t: Int[Array, ""]):
+    def draw(hidden: Float[Array, "B D"], t: Int[Array, ""]) -> _Drawn:
         logits = at_least_float32(policy.unembed(hidden))
         logits = logits / jnp.asarray(temperature).astype(logits.dtype)
-        allowed = logits
-        if config.eos_token_ids and config.min_new_tokens:
-            allowed = ban_tokens(allowed, config.eos_token_ids, t < config.min_new_tokens)
-        allowed = restrict_logits(allowed, top_k=config.top_k, top_p=top_p, min_p=min_p)
-        tokens, behaviour = sample_tokens(allowed, noise[:, t])
-        if allowed is logits:
-            return tokens, behaviour, behaviour
-        return tokens, token_logprobs(logits, tokens), behaviour
+        return _sample(logits, noise[:, t], t, config=config, top_p=top_p, min_p=min_p)
+
+    written, done = _decode(draw, policy.decoder(), hidden, cache, config)
+    tokens, mask, logprobs, behaviour_logprobs = written
+    return Rollout(
+        prompt_tokens=_repeat(prompts.tokens, samples),
+        prompt_mask=_repeat(prompts.mask, samples),
+        sample_ids=sample_ids,
+        tokens=tokens,
+        mask=mask,
+        lengths=jnp.sum(mask, axis=1, dtype=jnp.int32),
+        terminated=done,
+        logprobs=logprobs,
+        behaviour_logprobs=behaviour_logprobs,
+    )
+
+
+def _sample(
+    logits: Float[Array, "B V"],
+    noise: Float[Array, "B 2"],
+    t: Int[Array, ""],
+    *,
+    config: GenerationConfig,
+    top_p: Scalar | None,
+    min_p: Scalar | None,
+) -> _Drawn:
+    """Tokens, their log-probabilities under the policy, and under what was sampled from."""
+    allowed = logits
+    if config.eos_token_ids and config.min_new_tokens:
+        allowed = ban_tokens(allowed, config.eos_token_ids, t < config.min_new_tokens)
+    allowed = restrict_logits(allowed, top_k=config.top_k, top_p=top_p, min_p=min_p)
+    tokens, behaviour = sample_tokens(allowed, noise)
+    if allowed is logits:
+        return tokens, behaviour, behaviour
+    return tokens, token_logprobs(logits, tokens), behaviour
+
+
+def _decode(
+    draw: Callable[..., _Drawn],
+    step: Decoder,
+    hidden: Float[Array, "B D"],
+    cache: Cache,
+    config: GenerationConfig,
+) -> tuple[tuple[Array, ...], Bool[Array, " B"]]:
+    """Draw and step until every row has ended: (tokens, mask, both log-probabilities), ended.
+
+    The first token comes from the prefill, and the last one is never read.
+    """
+    rows, length = hidden.shape[0], config.max_new_tokens
 
     def write(hidden, t, done, written):
         tokens, logprobs, behaviour = draw(hidden, t)
@@ -103,18 +147,7 @@ def generate(
     tokens, done, written = first
     start = (jnp.ones((), jnp.int32), tokens, cache, done, written)
     _, _, _, done, written = jax.lax.while_loop(unfinished, one_token, start)
-    tokens, mask, logprobs, behaviour_logprobs = written
-    return Rollout(
-        prompt_tokens=_repeat(prompts.tokens, samples),
-        prompt_mask=_repeat(prompts.mask, samples),
-        sample_ids=sample_ids,
-        tokens=tokens,
-        mask=mask,
-        lengths=jnp.sum(mask, axis=1, dtype=jnp.int32),
-        terminated=done,
-        logprobs=logprobs,
-        behaviour_logprobs=behaviour_logprobs,
-    )
+    return written, done
 
 
 def _repeat(cache: Cache, samples: int) -> Cache:
