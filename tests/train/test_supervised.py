@@ -50,7 +50,7 @@ def test_fitting_learns_the_sequences_and_leaves_the_model_passed_in():
     trained = fit(
         model, next_token_loss, stream, CONFIG, report=lambda step, m: reports.append((step, m))
     )
-    assert perplexity(trained, SEQUENCES, width=8) < 2.0 < perplexity(model, SEQUENCES, width=8)
+    assert perplexity(trained, SEQUENCES, width=8) < 3.0 < perplexity(model, SEQUENCES, width=8)
     assert [step for step, _ in reports] == [10, 20, 30, 40, 50, 60]
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(model), strict=True):
         np.testing.assert_array_equal(a, b)

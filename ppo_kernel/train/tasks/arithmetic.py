@@ -39,7 +39,7 @@ PROMPT_WIDTH = len("99+99=")
 ANSWER_WIDTH = len("198") + 1
 """Tokens of the longest answer, EOS included."""
 
-NUM_ITERATIONS = 220
+NUM_ITERATIONS = 260
 
 Problem = tuple[int, int]
 
