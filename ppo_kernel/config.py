@@ -4,11 +4,14 @@ Changing a static setting compiles a new program. Changing a hyper-parameter nev
 batch of them can be vmapped; where one may be None, None switches its term off at trace time.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from .ops.kl import k1
@@ -16,20 +19,44 @@ from .ops.masked import token_mean
 from .types import KLEstimator, Reduction, Scalar
 
 
-def _strong(x: Scalar) -> Float[Array, ""]:
-    return jnp.asarray(x, jnp.result_type(float))
+class Range(NamedTuple):
+    """The finite numbers with low <= x <= high, without `low` itself where `above`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+
+    def check(self, name: str, value: Scalar | None) -> None:
+        """Refuse a number outside the range; one that is traced has no value yet.
+
+        Raises:
+            ValueError: names the setting, the range and the value.
+        """
+        if isinstance(value, Tracer):
+            return
+        number = np.asarray(value, np.float64)
+        inside = (number > self.low) if self.above else (number >= self.low)
+        if not (np.isfinite(number) & inside & (number <= self.high)).all():
+            low = f", {'above' if self.above else 'at least'} {self.low:g}"
+            high = f", at most {self.high:g}"
+            bounds = low * (self.low > -math.inf) + high * (self.high < math.inf)
+            raise ValueError(f"{name} must be finite{bounds}, got {value}.")
 
 
-def _strong_or_none(x: Scalar | None) -> Float[Array, ""] | None:
-    return None if x is None else _strong(x)
+def _setting(name: str, default: float | None, limits: Range, *, optional: bool = False) -> Any:
+    """A traced field: checked, then made a strongly typed array."""
+
+    def strong(x: Scalar | None) -> Float[Array, ""] | None:
+        if x is None and optional:
+            return None
+        limits.check(name, x)
+        return jnp.asarray(x, jnp.result_type(float))
+
+    return eqx.field(default=default, converter=strong, metadata={"range": limits})
 
 
-def _required(default: float) -> Any:
-    return eqx.field(default=default, converter=_strong)
-
-
-def _optional(default: float | None = None) -> Any:
-    return eqx.field(default=default, converter=_strong_or_none)
+_ANY, _NOT_NEGATIVE, _POSITIVE = Range(), Range(0), Range(0, above=True)
+_FRACTION, _SHARE = Range(0, 1), Range(0, 1, above=True)
 
 
 class Hyperparams(eqx.Module):
@@ -51,28 +78,35 @@ class Hyperparams(eqx.Module):
         max_grad_norm_actor, max_grad_norm_critic: global-norm clips, or None.
         missing_eos_penalty: subtracted from the score of a truncated response.
         score_clip: scores are clipped to [-score_clip, score_clip], or None.
+
+    Raises:
+        ValueError: a number that is not finite or out of its range.
     """
 
-    learning_rate_actor: Scalar = _required(1e-5)
-    learning_rate_critic: Scalar = _required(1e-5)
-    clip_ratio_low: Scalar = _required(0.2)
-    clip_ratio_high: Scalar = _required(0.2)
-    dual_clip: Scalar | None = _optional()
-    value_clip: Scalar | None = _optional(0.2)
-    gamma: Scalar = _required(1.0)
-    lam: Scalar = _required(0.95)
-    kl_coef: Scalar = _required(0.05)
-    kl_target: Scalar | None = _optional()
-    kl_horizon: Scalar = _required(10_000.0)
-    entropy_coef: Scalar = _required(0.0)
-    value_coef: Scalar = _required(1.0)
-    temperature: Scalar = _required(1.0)
-    top_p: Scalar | None = _optional()
-    min_p: Scalar | None = _optional()
-    max_grad_norm_actor: Scalar | None = _optional(1.0)
-    max_grad_norm_critic: Scalar | None = _optional(1.0)
-    missing_eos_penalty: Scalar = _required(0.0)
-    score_clip: Scalar | None = _optional()
+    learning_rate_actor: Scalar = _setting("learning_rate_actor", 1e-5, _NOT_NEGATIVE)
+    learning_rate_critic: Scalar = _setting("learning_rate_critic", 1e-5, _NOT_NEGATIVE)
+    clip_ratio_low: Scalar = _setting("clip_ratio_low", 0.2, _FRACTION)
+    clip_ratio_high: Scalar = _setting("clip_ratio_high", 0.2, _NOT_NEGATIVE)
+    dual_clip: Scalar | None = _setting("dual_clip", None, Range(1, above=True), optional=True)
+    value_clip: Scalar | None = _setting("value_clip", 0.2, _POSITIVE, optional=True)
+    gamma: Scalar = _setting("gamma", 1.0, _FRACTION)
+    lam: Scalar = _setting("lam", 0.95, _FRACTION)
+    kl_coef: Scalar = _setting("kl_coef", 0.05, _NOT_NEGATIVE)
+    kl_target: Scalar | None = _setting("kl_target", None, _POSITIVE, optional=True)
+    kl_horizon: Scalar = _setting("kl_horizon", 10_000.0, _POSITIVE)
+    entropy_coef: Scalar = _setting("entropy_coef", 0.0, _ANY)
+    value_coef: Scalar = _setting("value_coef", 1.0, _NOT_NEGATIVE)
+    temperature: Scalar = _setting("temperature", 1.0, _POSITIVE)
+    top_p: Scalar | None = _setting("top_p", None, _SHARE, optional=True)
+    min_p: Scalar | None = _setting("min_p", None, _FRACTION, optional=True)
+    max_grad_norm_actor: Scalar | None = _setting(
+        "max_grad_norm_actor", 1.0, _POSITIVE, optional=True
+    )
+    max_grad_norm_critic: Scalar | None = _setting(
+        "max_grad_norm_critic", 1.0, _POSITIVE, optional=True
+    )
+    missing_eos_penalty: Scalar = _setting("missing_eos_penalty", 0.0, _ANY)
+    score_clip: Scalar | None = _setting("score_clip", None, _POSITIVE, optional=True)
 
 
 @dataclass(frozen=True)

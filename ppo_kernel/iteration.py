@@ -16,7 +16,7 @@ from .config import Hyperparams, IterationConfig
 from .models.base import Policy
 from .ops.kl import is_clamped
 from .ops.masked import at_least_float32, masked_mean, masked_sum, whiten, wider_type
-from .rewards import adaptive_kl_coef, token_rewards
+from .rewards import adaptive_kl_coef, last_valid, token_rewards
 from .rollout import generate
 from .scoring import full_sequences, response_logprobs, score
 from .sharding import pin_batch, pin_parameters
@@ -25,7 +25,13 @@ from .update import Learner, TrainState, update
 
 
 class Collected(eqx.Module):
-    """The first half of an iteration: all that does not need the reward."""
+    """The first half of an iteration: all that does not need the reward.
+
+    Attributes:
+        rollout: what the policy wrote.
+        old_logprobs: of its tokens, under the policy that wrote them, nats.
+        scores: reference log-probabilities and values.
+    """
 
     rollout: Rollout
     old_logprobs: Float[Array, "B T"]
@@ -111,6 +117,7 @@ def learn(
         gamma=hyperparams.gamma, lam=hyperparams.lam,
     )  # fmt: skip
     metrics = _rollout_metrics(rollout, scores, log_ratios, frozen.values, returns, rewards)
+    metrics |= _nonfinite_counts(collected, scores)
     if config.whiten_advantages:
         advantages = whiten(advantages, rollout.mask)
     experience = Experience(
@@ -171,7 +178,9 @@ def ppo_iteration(
 
 
 class CompiledIteration(NamedTuple):
-    """The iteration and its two halves, compiled. `step` and `learn` consume the state passed in.
+    """The iteration and its two halves, compiled.
+
+    `step` and `learn` consume the state passed in.
 
     Attributes:
         step: (state, reference, prompts, hyperparams, reward) -> (state, metrics).
@@ -195,7 +204,7 @@ def compile_iteration(
 ) -> CompiledIteration:
     """Jit the iteration with donated state and pinned shardings; compiles at the first call.
 
-    Args: as in `ppo_iteration`. Arrays must be on the mesh already: see `sharding.place`.
+    Arguments as in `ppo_iteration`. Arrays must be on the mesh already: see `sharding.place`.
     """
     parts = {"config": config, "mesh": mesh}
     second = parts | {"learner": learner, "advantage_estimator": advantage_estimator}
@@ -295,6 +304,22 @@ def _rollout_metrics(rollout, scores, log_ratios, values, returns, rewards) -> M
         "response_length": jnp.mean(rollout.lengths.astype(float_type)),
         "truncated_fraction": jnp.mean((~rollout.terminated).astype(float_type)),
         "empty_responses": jnp.sum(~kept).astype(float_type),
-        "nonfinite_scores": masked_sum((~jnp.isfinite(totals)).astype(float_type), kept),
         "clamped_rollout_log_ratios": masked_sum(is_clamped(log_ratios).astype(float_type), mask),
+    }
+
+
+def _nonfinite_counts(collected: Collected, scores: Float[Array, "..."]) -> Metrics:
+    """How many valid tokens meet a NaN or an infinity: what poisons a metric, skips a minibatch."""
+    rollout, frozen = collected.rollout, collected.scores
+    logprobs = (rollout.behaviour_logprobs, collected.old_logprobs, frozen.reference_logprobs)
+    scored = rollout.mask
+    if scores.ndim == 1:
+        scores, scored = scores[:, None], last_valid(rollout.mask)
+    bad = {
+        "nonfinite_scores": ~jnp.isfinite(scores) & scored,
+        "nonfinite_logprobs": ~jnp.all(jnp.isfinite(jnp.stack(logprobs)), axis=0),
+        "nonfinite_values": ~(jnp.isfinite(frozen.values + frozen.bootstrap_values[:, None])),
+    }
+    return {
+        name: masked_sum(x.astype(jnp.result_type(float)), rollout.mask) for name, x in bad.items()
     }

@@ -76,8 +76,8 @@ def clipped_value_loss(
 
         loss = max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2) / 2
 
-    Source: Schulman et al. 2017, eq. 9, with the clip of the OpenAI baselines (Huang et al. 2024,
-    detail 17). None for `value_clip` leaves (V - R)^2 / 2.
+    Source: Schulman et al. 2017, eq. 9, with the clip of the OpenAI baselines (Huang et al. 2022,
+    "The 37 Implementation Details of PPO", detail 9). None for `value_clip` leaves (V - R)^2 / 2.
 
     Args:
         values: of the critic that is trained.

@@ -24,7 +24,7 @@ def token_rewards(
 
     A score of shape [B, T] is a reward a token and lands where it stands. An empty response
     (no valid token) has no reward at all. Sources: Ziegler et al. 2019, eq. 2; Ouyang et al.
-    2022, eq. 2; missing-EOS penalty as in Huang et al. 2024, detail 21.
+    2022, eq. 2; missing-EOS penalty as in Huang et al. 2024, detail 23.
 
     Args:
         scores: one a sequence, or one a token; reward units.

@@ -49,7 +49,8 @@ def generate(
         A `Rollout` of B = N * G sequences and T = `config.max_new_tokens` response slots.
 
     Raises:
-        ValueError: `noise` has another shape than [B, T, 2].
+        ValueError: `noise` has another shape than [B, T, 2], an EOS id is outside the vocabulary,
+            or `min_new_tokens` bans all of it.
     """
     samples, length = config.samples_per_prompt, config.max_new_tokens
     rows, width = prompts.tokens.shape[0] * samples, prompts.tokens.shape[1]
@@ -93,6 +94,7 @@ def _sample(
     min_p: Scalar | None,
 ) -> _Drawn:
     """Tokens, their log-probabilities under the policy, and under what was sampled from."""
+    _check_vocabulary(config, logits.shape[-1])
     allowed = logits
     if config.eos_token_ids and config.min_new_tokens:
         allowed = ban_tokens(allowed, config.eos_token_ids, t < config.min_new_tokens)
@@ -154,6 +156,20 @@ def _repeat(cache: Cache, samples: int) -> Cache:
     if samples == 1:
         return cache
     return jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0) if x.ndim else x, cache)
+
+
+def _check_vocabulary(config: GenerationConfig, size: int) -> None:
+    """Refuse EOS ids that no token can be, and a ban that leaves nothing to sample."""
+    outside = [i for i in config.eos_token_ids if i >= size]
+    if outside:
+        raise ValueError(
+            f"eos_token_ids {outside} are outside of the policy's vocabulary of {size} tokens."
+        )
+    if config.min_new_tokens and len(set(config.eos_token_ids)) == size:
+        raise ValueError(
+            f"min_new_tokens={config.min_new_tokens} bans eos_token_ids={config.eos_token_ids}, "
+            "which is the whole vocabulary; nothing is left to sample."
+        )
 
 
 def _is_eos(tokens: Int[Array, " B"], eos_token_ids: tuple[int, ...]) -> Bool[Array, " B"]:

@@ -13,7 +13,7 @@ from .types import Rollout, Scalar, Scores
 
 
 def full_sequences(rollout: Rollout) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
-    """Prompts and responses side by side: tokens [B, S] and which slots hold one [B, S].
+    """Prompts and responses of a `rollout` side by side: token ids, and which slots hold one.
 
     Response slots count up to `lengths`, whatever the loss mask leaves out.
     """
@@ -24,7 +24,7 @@ def full_sequences(rollout: Rollout) -> tuple[Int[Array, "B S"], Bool[Array, "B 
 
 
 def predicting_slots(x: Float[Array, "B S *rest"], num_tokens: int) -> Float[Array, "B T *rest"]:
-    """The entries that predict the response tokens: slots P - 1 up to S - 2."""
+    """The `num_tokens` entries of `x` that predict the response: slots P - 1 up to S - 2."""
     start = x.shape[1] - num_tokens - 1
     return x[:, start : start + num_tokens]
 
@@ -39,8 +39,13 @@ def response_logprobs(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probabilities of the response tokens and entropies, given the policy's hidden states.
 
-    Only response positions pass the output head; see `ops.logprobs.logprobs_from_hidden` for
-    the formulas, arguments and errors.
+    Only response positions pass the output head.
+
+    Args:
+        policy: its output head is applied.
+        rollout: B sequences.
+        hidden: the policy's, of `full_sequences(rollout)`.
+        temperature, chunk_size: as in `logprobs_from_hidden`, which has the formulas and errors.
 
     Returns:
         (logprobs, entropies), nats; 0 in slots past the end of a response.
@@ -80,7 +85,16 @@ def critic_values(
     mask: Bool[Array, "B S"],
     policy_hidden: Callable[[], Float[Array, "B S D"]],
 ) -> Float[Array, "B S"]:
-    """Values of a separate critic, or of a `ValueHead` on the policy's hidden states."""
+    """Values of a separate critic, or of a `ValueHead` on the policy's hidden states.
+
+    Args:
+        critic: a model [B, S] -> [B, S], or a `ValueHead`.
+        tokens, mask: whole sequences, see `full_sequences`.
+        policy_hidden: gives the policy's hidden states; called only for a `ValueHead`.
+
+    Returns:
+        Value after reading each slot, reward units.
+    """
     if isinstance(critic, ValueHead):
         return critic(policy_hidden())
     return critic(tokens, mask)

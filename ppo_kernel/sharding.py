@@ -20,7 +20,7 @@ Pin: TypeAlias = Callable[[PyTree], PyTree]
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
-    """A mesh with the table's data axis over the first devices (all by default).
+    """A mesh with the table's data axis over the first `num_devices`, all by default.
 
     Raises:
         ValueError: more devices are asked for than there are.
@@ -33,7 +33,7 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
 
 
 def named_sharding(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
-    """The sharding of an array whose axes have these logical names.
+    """The sharding of an array whose axes have the names `logical_axes`, None for replicated.
 
     Raises:
         ValueError: a name is not in the table, or two axes would share a mesh axis.
@@ -67,7 +67,10 @@ def pin_batch(mesh: Mesh | None) -> Pin:
 
 
 def pin_parameters(mesh: Mesh | None) -> Pin:
-    """Inside a program: pin every array of a state to the table's parameter row."""
+    """Inside a program: pin every array of a state to the table's parameter row.
+
+    None for `mesh` leaves the state alone.
+    """
 
     def pin(tree: PyTree) -> PyTree:
         if mesh is None:
@@ -83,11 +86,21 @@ def pin_parameters(mesh: Mesh | None) -> Pin:
 def place(tree: PyTree, mesh: Mesh | None, logical_axis: str) -> PyTree:
     """Outside a program: put the arrays of a tree on the mesh, leading axis by the table.
 
+    Args:
+        tree: arrays, and anything else, which stays as it is.
+        mesh: None leaves the tree alone.
+        logical_axis: the row of the table for the leading axis.
+
+    Returns:
+        The same tree, its arrays on the devices of the mesh.
+
     Raises:
-        ValueError: a batch does not divide over the devices of its mesh axis.
+        ValueError: an unknown logical axis, or a batch that does not divide over the devices of
+            its mesh axis.
     """
     if mesh is None:
         return tree
+    sharding = named_sharding(mesh, logical_axis)
     axis = MESH_AXES[logical_axis]
     count = 1 if axis is None else mesh.shape[axis]
     arrays, rest = eqx.partition(tree, eqx.is_array)
@@ -97,4 +110,4 @@ def place(tree: PyTree, mesh: Mesh | None, logical_axis: str) -> PyTree:
                 f"a batch of {x.shape[0]} does not divide over {count} devices of mesh axis "
                 f"{axis!r}; pass a multiple of {count}."
             )
-    return eqx.combine(jax.device_put(arrays, named_sharding(mesh, logical_axis)), rest)
+    return eqx.combine(jax.device_put(arrays, sharding), rest)

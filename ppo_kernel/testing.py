@@ -2,6 +2,7 @@
 
 For our tests and for yours; needs the `test` extra. An estimator of your own is judged by
 
+    @settings(deadline=None)  # the first case compiles
     @given(reals((4, 6)), masks((4, 6)))
     def test_mine(x, mask):
         assert_matches(mine, mine_in_numpy, x, mask, gamma=0.9)
@@ -52,14 +53,26 @@ TOLERANCES = {
 }
 """By the dtype of a result, not of its input: float32 from bfloat16 input is judged as float32."""
 
+NORM_TOLERANCES = {
+    # Some 60 dependent roundings lie on the way of a logit through two layers (a norm 4, a
+    # projection 4, rotation 3, attention 8, MLP 8, twice; output head and log-softmax 6).
+    "float32 forward": 64 * float(jnp.finfo(jnp.float32).eps),
+    # A gradient goes there and back, and whitened advantages, of size 1 from returns of some
+    # tenths of a nat, bring a factor of four.
+    "float32 gradient": 512 * float(jnp.finfo(jnp.float32).eps),
+    # 8e6 roundings: what is wrong in a formula is larger, what is left of float64 much smaller.
+    "float64": 1e-9,
+}
+"""What a whole tensor may be off by, relative to its norm; measured errors are a tenth of it."""
+
 
 def reals(shape: tuple[int, ...], bound: int = 8) -> st.SearchStrategy:
-    """float64 arrays of multiples of 1/8 in [-bound, bound]."""
+    """float64 arrays of `shape`: multiples of 1/8 in [-bound, bound]."""
     return hnp.arrays(np.float64, shape, elements=_eighths(-bound, bound))
 
 
 def logits(shape: tuple[int, ...]) -> st.SearchStrategy:
-    """Rows of logits: usual ones, +-1e4, and -inf; at least one of a row is finite."""
+    """Logits of `shape`: usual ones, +-1e4, and -inf; at least one of a row is finite."""
 
     @st.composite
     def draw_logits(draw):
@@ -73,17 +86,17 @@ def logits(shape: tuple[int, ...]) -> st.SearchStrategy:
 
 
 def log_ratios(shape: tuple[int, ...]) -> st.SearchStrategy:
-    """Log-ratios: usual ones, and some at and beyond the clamp of +-20."""
+    """Log-ratios of `shape`: usual ones, and some at and beyond the clamp of +-20."""
     return _with_extremes(shape, _eighths(-3, 3), EXTREME_LOG_RATIOS)
 
 
 def token_ids(shape: tuple[int, ...], vocabulary: int) -> st.SearchStrategy:
-    """int32 arrays of ids in [0, vocabulary)."""
+    """int32 arrays of `shape`: ids in [0, vocabulary)."""
     return hnp.arrays(np.int32, shape, elements=st.integers(0, vocabulary - 1))
 
 
 def masks(shape: tuple[int, int]) -> st.SearchStrategy:
-    """[B, T] masks whose rows are empty, full, ragged, a single token, or have holes."""
+    """Masks of `shape` [B, T]: rows empty, full, ragged, a single token, or with holes."""
     slots = np.arange(shape[1])
     row = st.one_of(
         st.integers(0, shape[1]).map(lambda length: slots < length),
@@ -97,7 +110,8 @@ def masks(shape: tuple[int, int]) -> st.SearchStrategy:
 def repadded_responses(shape: tuple[int, int], vocabulary: int) -> st.SearchStrategy:
     """(mask, tokens, tokens): right-padded responses, once padded with the EOS id, once not.
 
-    EOS is id 0, ends every response that has room for it, and may occur inside one too.
+    EOS is id 0, ends every response that has room for it, and may occur inside one too. `shape`
+    is [B, T]; the other ids are below `vocabulary`.
     """
 
     slots = np.arange(shape[1])

@@ -28,8 +28,11 @@ Metrics: TypeAlias = dict[str, Float[Array, ""]]
 class Prompts(eqx.Module):
     """A batch of prompts, the input of an iteration.
 
-    `sample_ids` are the caller's: the noise of a prompt's samples depends on its id, not on
-    its place in the batch. They must differ within a batch.
+    Attributes:
+        tokens: ids, left-padded.
+        mask: which slots hold a token.
+        sample_ids: the caller's, distinct within a batch: the noise of a prompt's samples depends
+            on its id, not on its place in the batch.
     """
 
     tokens: Int[Array, "N P"]
@@ -40,10 +43,15 @@ class Prompts(eqx.Module):
 class Rollout(eqx.Module):
     """What the policy wrote, and how likely it was (stage 1).
 
-    `lengths` counts the tokens of each response, EOS included; `mask` is the part of them
-    that is trained on (for a generated rollout all of them). `logprobs` are the policy's,
-    `behaviour_logprobs` those of the restricted distribution that was sampled from.
-    `terminated` is true where an EOS ended the response, false where the room ran out.
+    Attributes:
+        prompt_tokens, prompt_mask: each prompt, repeated for its samples.
+        sample_ids: one a sequence; its noise depends on it.
+        tokens: of the response, right-padded.
+        mask: the response tokens that are trained on (for a generated rollout all of them).
+        lengths: tokens of each response, EOS included.
+        terminated: true where an EOS ended the response, false where the room ran out.
+        logprobs: of the tokens under the policy, nats.
+        behaviour_logprobs: under the restricted distribution that was sampled from, nats.
     """
 
     prompt_tokens: Int[Array, "B P"]
@@ -58,10 +66,12 @@ class Rollout(eqx.Module):
 
 
 class Scores(eqx.Module):
-    """What the frozen and the value models say of a rollout (stage 2), in nats and reward units.
+    """What the frozen and the value models say of a rollout (stage 2).
 
-    `values[:, t]` is the critic's value before response token t; `bootstrap_values` its value
-    after the last one.
+    Attributes:
+        reference_logprobs: of the response tokens under the frozen policy, nats.
+        values: the critic's before response token t, reward units.
+        bootstrap_values: the critic's after the last token, reward units.
     """
 
     reference_logprobs: Float[Array, "B T"]
@@ -70,7 +80,16 @@ class Scores(eqx.Module):
 
 
 class Experience(eqx.Module):
-    """All that the update needs (stages 3 and 4 done)."""
+    """All that the update needs (stages 3 and 4 done).
+
+    Attributes:
+        rollout: tokens and masks.
+        old_logprobs: under the policy that acted, nats.
+        reference_logprobs: under the frozen policy, nats.
+        old_values: the critic's at the time of the rollout, reward units.
+        advantages: as the policy loss takes them, whitened if so configured.
+        returns: regression targets of the critic, reward units.
+    """
 
     rollout: Rollout
     old_logprobs: Float[Array, "B T"]

@@ -22,8 +22,12 @@ from .types import Experience, Metrics, PolicyLoss, ValueLoss
 class TrainState(eqx.Module):
     """Everything an iteration changes, and nothing else.
 
-    `key` is never consumed: the noise of an iteration comes from (key, iteration). `kl_coef` is
-    the controller's coefficient; it follows `Hyperparams.kl_coef` where no target is set.
+    Attributes:
+        policy, critic: the models as they are now.
+        actor_optimizer_state, critic_optimizer_state: moments, in at least float32.
+        key: never consumed: the noise of an iteration comes from (key, iteration).
+        iteration: how many are done.
+        kl_coef: the controller's coefficient; follows `Hyperparams.kl_coef` without a target.
     """
 
     policy: Policy
@@ -57,7 +61,16 @@ class Learner:
         key: Key[Array, ""],
         hyperparams: Hyperparams,
     ) -> TrainState:
-        """The state before the first iteration, on copies: an iteration donates its state."""
+        """The state before the first iteration, on copies: an iteration donates its state.
+
+        Args:
+            policy, critic: the models to train.
+            key: of the whole run, copied into the state.
+            hyperparams: gives the first KL coefficient.
+
+        Returns:
+            A `TrainState` with fresh moments, iteration 0.
+        """
 
         def copy(tree: PyTree) -> PyTree:
             return jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, tree)
@@ -85,6 +98,9 @@ def minibatch_order(
         key: consumed.
         sample_ids: distinct.
         num_epochs, num_minibatches: steps = num_epochs * num_minibatches.
+
+    Returns:
+        Rows of the batch, one line for each optimizer step.
 
     Raises:
         ValueError: the number of sequences is not a multiple of `num_minibatches`.
@@ -121,7 +137,8 @@ def update(
 
     with the weights w of `config.reduction` over the whole minibatch, so that the sum over
     micro-batches is exact. Each model: clip by global norm, then x <- x - learning_rate *
-    direction. A non-finite gradient skips its minibatch: parameters, moments and counts stay.
+    direction. A minibatch is skipped (parameters, moments and counts stay) where a sum, gradient or
+    learning rate is not finite, and where no token is valid.
     Source: Schulman et al. 2017, eq. 9 and algorithm 1.
 
     Args:
@@ -163,11 +180,13 @@ def update(
 
     optimizer_states = (state.actor_optimizer_state, state.critic_optimizer_state)
     carry, sums = jax.lax.scan(one_step, (models, optimizer_states), order)
+    float_type = state.kl_coef.dtype
+    bad = [jnp.sum(~jnp.isfinite(x), dtype=float_type) for x in jax.tree.leaves(carry[0])]
     (policy, critic), (actor_state, critic_state) = eqx.combine(carry[0], static), carry[1]
     state = TrainState(
         policy, critic, actor_state, critic_state, state.key, state.iteration, state.kl_coef
     )
-    return state, _metrics(sums)
+    return state, _metrics(sums) | {"nonfinite_parameters": jnp.sum(jnp.stack(bad))}
 
 
 def _gradients(models, static, minibatch, hyperparams, kl_coef, *, config, learner, size, pin):
@@ -250,12 +269,15 @@ def _loss(policy, critic, part: Experience, weights, hyperparams, kl_coef, *, co
 
 
 def _apply(models, optimizer_states, gradients, sums, hyperparams, learner):
-    """One optimizer step of both models, or none where a gradient is not finite."""
+    """One optimizer step of both models, or none where a number of it is not finite."""
     rates = (hyperparams.learning_rate_actor, hyperparams.learning_rate_critic)
     limits = (hyperparams.max_grad_norm_actor, hyperparams.max_grad_norm_critic)
     optimizers = (learner.actor_optimizer, learner.critic_optimizer)
     norms = tuple(optax.tree.norm(gradient) for gradient in gradients)
-    applied = jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
+    numbers = (*norms, *rates, *(x for x in limits if x is not None), *sums.values())
+    applied = sums["tokens"] > 0
+    for number in numbers:
+        applied &= jnp.isfinite(number)
 
     def step(model, state, gradient, norm, rate, limit, optimizer):
         if limit is not None:
@@ -271,19 +293,14 @@ def _apply(models, optimizer_states, gradients, sums, hyperparams, learner):
         )
         return _select(applied, (new_model, new_state), (model, state))
 
-    stepped = [
-        step(*arguments)
-        for arguments in zip(
-            models, optimizer_states, gradients, norms, rates, limits, optimizers, strict=True
-        )
-    ]
+    arguments = (models, optimizer_states, gradients, norms, rates, limits, optimizers)
+    stepped, states = zip(*(step(*each) for each in zip(*arguments, strict=True)), strict=True)
     sums = _select(applied, sums, jax.tree.map(jnp.zeros_like, sums))
     sums["grad_norm_actor"], sums["grad_norm_critic"] = (
         jnp.where(applied, norm, 0.0) for norm in norms
     )
     sums["applied"] = applied.astype(norms[0].dtype)
-    (policy, critic), states = zip(*stepped, strict=True)
-    return ((policy, critic), states), sums
+    return (stepped, states), sums
 
 
 def _metrics(sums: dict[str, Float[Array, " steps"]]) -> Metrics:

@@ -65,6 +65,6 @@ def clipped_value_loss(
         value, old, target = values[place], old_values[place], returns[place]
         loss[place] = (value - target) ** 2 / 2
         if value_clip is not None:
-            near = min(max(value, old - value_clip), old + value_clip)
-            loss[place] = max(loss[place], (near - target) ** 2 / 2)
+            near = np.minimum(np.maximum(value, old - value_clip), old + value_clip)
+            loss[place] = np.maximum(loss[place], (near - target) ** 2 / 2)
     return loss

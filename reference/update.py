@@ -67,12 +67,13 @@ def update(
     *,
     config: IterationConfig,
 ) -> tuple[TrainState, dict[str, float]]:
-    """One optimizer step for every row of `order`; a gradient that is not finite is left out."""
+    """One optimizer step for every row of `order`; one without a token, or with a gradient that
+    is not finite, is left out."""
     applied = []
     for rows in order:
         gradients = minibatch_gradients(state, experience, rows, hyperparams, config=config)
         norms = global_norm(gradients.policy), global_norm(gradients.critic)
-        if np.isfinite(norms).all():
+        if np.isfinite(norms).all() and experience.rollout.mask[rows].any():
             state = _step(state, gradients, norms, hyperparams)
             applied.append((gradients.actor_loss, gradients.critic_loss, *norms))
     means = np.mean(applied, axis=0) if applied else np.zeros(4)

@@ -37,6 +37,11 @@ def test_is_clipped_says_where_the_gradient_is_gone(log_ratio, advantages):
     np.testing.assert_allclose(slope, np.where(clipped, 0, -advantages * np.exp(log_ratio)), 1e-5)
 
 
+def test_a_ratio_at_its_bound_is_not_clipped_yet():
+    arrays = jnp.zeros(2), jnp.zeros(2), jnp.array([-1.0, 1.0])
+    assert not is_clipped(*arrays, clip_ratio_low=0.0, clip_ratio_high=0.0).any()
+
+
 @given(log_ratios(SHAPE), reals(SHAPE))
 def test_an_overflowing_ratio_is_clamped(log_ratio, advantages):
     old = np.zeros(SHAPE)

@@ -38,6 +38,19 @@ def test_equals_its_reference(row, dtype, data):
     assert_matches(row.shipped, row.reference, *args, dtype=dtype, **keywords)
 
 
+@pytest.mark.parametrize("row", [row for row in ROWS if row.plants], ids=str)
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
+@given(data=st.data())
+def test_a_planted_nan_or_infinity_ends_where_the_reference_says(row, data):
+    args, keywords = data.draw(row.cases(SHAPES[0]))
+    floating = [i for i, x in enumerate(args) if np.issubdtype(x.dtype, np.floating)]
+    planted = data.draw(st.sampled_from(floating))
+    place = data.draw(st.integers(0, args[planted].size - 1))
+    args = [np.array(x) for x in args]
+    args[planted].flat[place] = data.draw(st.sampled_from((np.nan, np.inf, -np.inf)))
+    assert_matches(row.shipped, row.reference, *args, **keywords)
+
+
 @pytest.mark.parametrize("row", [row for row in ROWS if "bfloat16" in row.dtypes], ids=str)
 @given(data=st.data())
 def test_is_at_least_float32_unless_it_says_so(row, data):

@@ -28,7 +28,8 @@ class Row:
     """A function, its twin, and how to draw (arguments, keyword arguments) for both.
 
     `mask` is the place of the mask among the arguments, where there is one; with `per_row`
-    reordering the sequences reorders the result; with `narrow` bfloat16 stays bfloat16.
+    reordering the sequences reorders the result; with `narrow` bfloat16 stays bfloat16;
+    without `plants` no argument is a number that could be NaN, or a NaN has no meaning.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Row:
     mask: int | None = None
     per_row: bool = True
     narrow: bool = False
+    plants: bool = True
 
     def __repr__(self):
         return self.name
@@ -184,9 +186,10 @@ ROWS = [
     twin(masked, ref_masked, "masked_sum", on_values, mask=1, per_row=False),
     twin(masked, ref_masked, "masked_mean", on_values, mask=1, per_row=False),
     twin(masked, ref_masked, "whiten", on_values, mask=1),
-    twin(masked, ref_masked, "token_mean", on_mask, dtypes=WIDE, mask=0),
-    twin(masked, ref_masked, "sequence_mean", on_mask, dtypes=WIDE, mask=0),
-    Row("fixed_mean", masked.fixed_mean(5), ref_masked.fixed_mean(5), on_mask, WIDE, mask=0),
+    twin(masked, ref_masked, "token_mean", on_mask, dtypes=WIDE, mask=0, plants=False),
+    twin(masked, ref_masked, "sequence_mean", on_mask, dtypes=WIDE, mask=0, plants=False),
+    Row("fixed_mean", masked.fixed_mean(5), ref_masked.fixed_mean(5), on_mask, WIDE, mask=0,
+        plants=False),
     twin(kl, ref_kl, "clamp_log_ratio", on_log_ratios, narrow=True),
     twin(kl, ref_kl, "is_clamped", on_log_ratios),
     twin(kl, ref_kl, "k1", on_log_ratios, narrow=True),
@@ -199,15 +202,15 @@ ROWS = [
     twin(logprobs, ref_logprobs, "entropy", on_logits),
     Row("logprobs_from_hidden", with_weight(logprobs.logprobs_from_hidden),
         with_weight(ref_logprobs.logprobs_from_hidden), on_hidden, WIDE, per_row=False),
-    twin(sampling, ref_sampling, "restrict_logits", on_counts, dtypes=WIDE),
+    twin(sampling, ref_sampling, "restrict_logits", on_counts, dtypes=WIDE, plants=False),
     twin(sampling, ref_sampling, "ban_tokens", on_ban, narrow=True),
-    twin(sampling, ref_sampling, "sample_tokens", on_noise, dtypes=WIDE),
+    twin(sampling, ref_sampling, "sample_tokens", on_noise, dtypes=WIDE, plants=False),
     Row("sample_tokens-3-blocks", sampling.sample_tokens, ref_sampling.sample_tokens,
-        partial(on_noise, vocabulary=600), WIDE),
+        partial(on_noise, vocabulary=600), WIDE, plants=False),
     rewarding("k1", on_scores),
     rewarding("k3", on_scores, dtypes=WIDE),
     rewarding(None, partial(on_scores, per_token=True), dtypes=WIDE),
-    twin(rewards, ref_rewards, "last_valid", on_mask, dtypes=WIDE, mask=0),
+    twin(rewards, ref_rewards, "last_valid", on_mask, dtypes=WIDE, mask=0, plants=False),
     twin(rewards, ref_rewards, "adaptive_kl_coef", on_controller, dtypes=WIDE, per_row=False),
     twin(advantages, ref_advantages, "gae", on_rollout, mask=2),
     twin(losses, ref_losses, "clipped_policy_loss",

@@ -31,6 +31,8 @@ class Policy(Protocol):
 
     The law that ties the methods: token by token through `prefill` and `decoder` gives the same
     hidden states as `hidden` on the whole sequence, and slots outside the mask change nothing.
+    Everywhere `tokens` are ids in [0, V), `mask` says which slots hold one, and `capacity` is how
+    many slots the cache has room for.
     """
 
     def hidden(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S D"]:

@@ -18,7 +18,7 @@ class LanguageModel(eqx.Module):
 
     @classmethod
     def init(cls, key: Key[Array, ""], config: TransformerConfig) -> "LanguageModel":
-        """Random weights. Consumes `key`."""
+        """Random weights in the shapes of `config`; consumes `key`."""
         trunk_key, output_key = jax.random.split(key)
         trunk = Transformer.init(trunk_key, config)
         if config.tie_embeddings:
@@ -27,19 +27,19 @@ class LanguageModel(eqx.Module):
         return cls(trunk, output.astype(config.param_dtype))
 
     def hidden(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Final hidden state of every slot."""
+        """Final hidden state of every slot; arguments as in `Policy`."""
         return self.trunk(tokens, mask)
 
     @jax.named_scope("unembed")
     def unembed(self, hidden: Float[Array, "C D"]) -> Float[Array, "C V"]:
-        """Logits of each row."""
+        """Logits of each row of `hidden`."""
         matrix = self.trunk.embedding if self.output is None else self.output
         return hidden @ matrix.astype(hidden.dtype).T
 
     def prefill(
         self, tokens: Int[Array, "N P"], mask: Bool[Array, "N P"], capacity: int
     ) -> tuple[Float[Array, "N D"], Cache]:
-        """Hidden state of the last slot, and the cache."""
+        """Hidden state of the last slot, and the cache; arguments as in `Policy`."""
         return self.trunk.prefill(tokens, mask, capacity)
 
     def decoder(self) -> Decoder:
@@ -48,7 +48,13 @@ class LanguageModel(eqx.Module):
 
 
 class ValueHead(eqx.Module):
-    """value = h . w, in at least float32. As a critic by itself it sits on the policy's trunk."""
+    """A linear map of a hidden state to one number, in at least float32.
+
+    As a critic by itself it sits on the policy's trunk.
+
+    Attributes:
+        weight: value = sum_d hidden_d weight_d; reward units per unit of hidden state.
+    """
 
     weight: Float[Array, " D"]
 
@@ -57,7 +63,7 @@ class ValueHead(eqx.Module):
 
 
 class ValueModel(eqx.Module):
-    """A critic or a reward model: its own trunk and one number a slot."""
+    """A critic or a reward model: its own `trunk`, and a `head` for one number a slot."""
 
     trunk: Transformer
     head: ValueHead

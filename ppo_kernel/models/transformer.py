@@ -26,7 +26,17 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Shape and types of a trunk. Types: parameters, computation and cache are set apart.
+    """Sizes and types of a trunk.
+
+    Attributes:
+        vocab_size, hidden_size, intermediate_size, num_layers: V, D, F and L.
+        num_heads, num_kv_heads, head_dim: H, K (divides H) and E (even).
+        rope_theta, rope_scaling: base of the rotary frequencies, and how they are stretched.
+        norm_epsilon: added to the mean square in every norm.
+        qkv_bias, qk_norm: whether query, key and value have a bias; query and key a norm.
+        tie_embeddings: the output matrix is the embedding.
+        max_positions: what a saved folder says; nothing here depends on it.
+        param_dtype, compute_dtype, cache_dtype: of parameters, activations and the KV cache.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -112,7 +122,14 @@ class Block(eqx.Module):
 
 
 class Transformer(eqx.Module):
-    """Embedding, `num_layers` stacked and scanned blocks, final norm: tokens -> hidden states."""
+    """A decoder-only trunk, tokens -> hidden states.
+
+    Attributes:
+        embedding: one row a token id.
+        blocks: every leaf has a leading axis of layers, which the forward pass scans.
+        norm: of the last hidden states.
+        config: sizes and types; static.
+    """
 
     embedding: Float[Array, "V D"]
     blocks: Block
@@ -121,7 +138,7 @@ class Transformer(eqx.Module):
 
     @classmethod
     def init(cls, key: Key[Array, ""], config: TransformerConfig) -> "Transformer":
-        """Random weights of `config.param_dtype`. Consumes `key`."""
+        """Random weights of `config.param_dtype`; consumes `key`."""
         block_key, embedding_key = jax.random.split(key)
         blocks = jax.vmap(lambda k: Block.init(k, config))(
             jax.random.split(block_key, config.num_layers)
@@ -140,7 +157,7 @@ class Transformer(eqx.Module):
     def prefill(
         self, tokens: Int[Array, "N P"], mask: Bool[Array, "N P"], capacity: int
     ) -> tuple[Float[Array, "N D"], Cache]:
-        """Hidden state of the last slot, and the cache with room for `capacity` slots."""
+        """Hidden state of the last slot, and the cache; arguments as in `Policy`."""
         hidden, (keys, values) = self._forward(tokens, mask)
         dtype = self.config.cache_dtype
         cache = KVCache.from_prefill(keys.astype(dtype), values.astype(dtype), mask, capacity)

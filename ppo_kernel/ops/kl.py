@@ -20,7 +20,7 @@ LOG_RATIO_LIMIT = 20.0
 
 
 def clamp_log_ratio(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """min(max(x, -20), 20): keeps exp(x) finite. The gradient is 0 where the clamp acts."""
+    """min(max(x, -20), 20): keeps exp(x) finite, with gradient 0 where the clamp acts."""
     return jnp.clip(x, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
@@ -30,7 +30,11 @@ def is_clamped(x: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
 
 
 def k1(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """k1 = x. Unbiased, high variance, may be negative.
+    """The log-ratio itself: unbiased in value, high variance, may be negative.
+
+        k1 = x
+
+    Source: Schulman 2020.
 
     Args:
         log_ratio: x = log policy - log reference per token, nats.
@@ -42,7 +46,11 @@ def k1(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def k2(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """k2 = x^2 / 2. Biased in value, its gradient at the sampling policy is that of the KL.
+    """Half the square: biased in value, its gradient at the sampling policy is that of the KL.
+
+        k2 = x^2 / 2
+
+    Source: Schulman 2020.
 
     Args:
         log_ratio: x = log policy - log reference per token, nats; clamped to +-20.
@@ -54,7 +62,11 @@ def k2(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def k3(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """k3 = exp(-x) - 1 + x. Unbiased in value, low variance, never negative.
+    """k1 with a control variate: unbiased in value, low variance, never negative.
+
+        k3 = exp(-x) - 1 + x
+
+    Source: Schulman 2020.
 
     Args:
         log_ratio: x = log policy - log reference per token, nats; clamped to +-20.

@@ -9,7 +9,7 @@ from ..types import Reduction, Scalar
 
 
 def wider_type(first: DTypeLike, second: DTypeLike) -> jnp.dtype:
-    """The type that holds both; said explicitly, so that strict promotion does not forbid it."""
+    """The type that holds `first` and `second`, said outright: strict promotion allows that."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(first, second)
 
@@ -20,7 +20,7 @@ def at_least_float32(x: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def masked_sum(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
-    """Sum of `x` where `mask` holds. What stands at masked places, NaN included, does not enter.
+    """Sum of `x` where `mask` holds; what stands elsewhere, NaN included, does not enter.
 
     Args:
         x: values, any shape.
@@ -53,7 +53,7 @@ def whiten(
 
         y = (x - mean(x)) / sqrt(var(x) + epsilon),   var with divisor n
 
-    Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", detail 18.
+    Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO".
 
     Args:
         x: values, any shape.
@@ -66,11 +66,15 @@ def whiten(
     x = at_least_float32(x)
     centred = jnp.where(mask, x - masked_mean(x, mask), 0.0)
     variance = masked_mean(jnp.square(centred), mask)
-    return centred / jnp.sqrt(variance + jnp.asarray(epsilon, x.dtype))
+    white = centred / jnp.sqrt(variance + jnp.asarray(epsilon, x.dtype))
+    # Once more, for a NaN at a valid place would reach the masked ones through the variance.
+    return jnp.where(mask, white, 0.0)
 
 
 def token_mean(mask: Bool[Array, "M T"]) -> Float[Array, "M T"]:
-    """Every valid token of the minibatch weighs the same: w = mask / sum(mask).
+    """Every valid token of the minibatch weighs the same.
+
+        w = mask / sum(mask)
 
     Source: Yu et al. 2025 (DAPO), eq. 12. An all-false mask gives weight 0 everywhere.
     """
@@ -79,7 +83,9 @@ def token_mean(mask: Bool[Array, "M T"]) -> Float[Array, "M T"]:
 
 
 def sequence_mean(mask: Bool[Array, "M T"]) -> Float[Array, "M T"]:
-    """Every non-empty sequence weighs the same: w = mask / length / number of non-empty rows.
+    """Every non-empty sequence weighs the same.
+
+        w = mask / length / (number of non-empty rows)
 
     Source: Shao et al. 2024 (GRPO), eq. 3.
     """
@@ -90,7 +96,9 @@ def sequence_mean(mask: Bool[Array, "M T"]) -> Float[Array, "M T"]:
 
 
 def fixed_mean(tokens_per_sequence: int) -> Reduction:
-    """A reduction with a constant denominator: w = mask / (M * tokens_per_sequence).
+    """A reduction with a constant denominator.
+
+        w = mask / (M * tokens_per_sequence)
 
     The weight of a token does not depend on any length, so the gradient estimate stays
     unbiased. Source: Liu et al. 2025 (Dr. GRPO), section 3.2.

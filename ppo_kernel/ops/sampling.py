@@ -47,9 +47,9 @@ def restrict_logits(
     """Ban (-inf) what top-k, then top-p, then min-p leave out; None switches one off.
 
     top-k keeps the k largest logits, top-p the smallest set of what remains whose mass reaches
-    p (Holtzman et al. 2020), min-p the tokens with at least min_p times the largest
-    probability (Nguyen et al. 2024). Ties at a threshold are all kept, the most likely token
-    always is.
+    p, min-p the tokens with at least min_p times the largest probability. Ties at a threshold are
+    all kept, the most likely token always is. Sources: top-k, Fan et al. 2018; top-p, Holtzman et
+    al. 2020; min-p, Nguyen et al. 2024.
 
     Args:
         logits: tempered, -inf where already banned.

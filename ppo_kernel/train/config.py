@@ -1,9 +1,8 @@
 """`PPOConfig`: the familiar flat settings, checked, and turned into those of the kernel."""
 
-import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import optax
 
@@ -88,17 +87,10 @@ class PPOConfig:
     weight_decay: float = 0.0
 
     def __post_init__(self):
-        for names, low, high, strict in _RANGES:
-            for name in names:
-                value = getattr(self, name)
-                if value is None:
-                    continue
-                inside = (low < value if strict else low <= value) and value <= high
-                if not (math.isfinite(value) and inside):
-                    raise ValueError(
-                        f"{name} must be finite, {'above' if strict else 'at least'} {low:g}"
-                        f"{'' if high == math.inf else f' and at most {high:g}'}, got {value!r}."
-                    )
+        for name, limits in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None:
+                limits.check(name, value)
         for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -153,6 +145,8 @@ class PPOConfig:
     ) -> GenerationConfig:
         """Settings of the rollout for prompts of `prompt_width` slots.
 
+        `eos_token_ids` and `pad_token_id` are the model's.
+
         Raises:
             ValueError: prompt and response do not fit into `max_seq_len`.
         """
@@ -173,7 +167,7 @@ class PPOConfig:
         )
 
     def iteration(self, generation: GenerationConfig, num_devices: int = 1) -> IterationConfig:
-        """Static settings of the iteration.
+        """Static settings of an iteration around its `generation`, on `num_devices`.
 
         Raises:
             ValueError: a minibatch does not divide into `per_device_batch_size` on all devices.
@@ -211,23 +205,18 @@ class PPOConfig:
         return Learner(actor_optimizer=optimizer(), critic_optimizer=optimizer())
 
 
-_RANGES = (
-    (
-        ("learning_rate_actor", "learning_rate_critic", "kl_coeff", "value_coeff"),
-        0,
-        math.inf,
-        False,
-    ),
-    (("clip_ratio_high", "weight_decay"), 0, math.inf, False),
-    (("clip_ratio",), 0, 1, False),
-    (("gamma", "lambda_gae", "min_p"), 0, 1, False),
-    (("top_p",), 0, 1, True),
-    (("temperature", "kl_target", "kl_horizon", "value_clip"), 0, math.inf, True),
-    (("max_grad_norm", "score_clip"), 0, math.inf, True),
-    (("dual_clip",), 1, math.inf, True),
-    (("entropy_coeff", "missing_eos_penalty"), -math.inf, math.inf, False),
-)
-"""(settings, low, high, whether low itself is refused)."""
+_LIMITS = {field.name: field.metadata["range"] for field in fields(Hyperparams)}
+_OTHER_NAMES = {
+    "clip_ratio": "clip_ratio_low", "lambda_gae": "lam", "kl_coeff": "kl_coef",
+    "entropy_coeff": "entropy_coef", "value_coeff": "value_coef",
+    "max_grad_norm": "max_grad_norm_actor", "weight_decay": "learning_rate_actor",
+}  # fmt: skip
+_RANGES = {
+    field.name: _LIMITS[_OTHER_NAMES.get(field.name, field.name)]
+    for field in fields(PPOConfig)
+    if _OTHER_NAMES.get(field.name, field.name) in _LIMITS
+}
+"""Range of each number: that of the hyper-parameter it becomes."""
 
 _COUNTS = (
     "num_ppo_epochs", "train_batch_size", "num_minibatches", "per_device_batch_size",

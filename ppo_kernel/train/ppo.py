@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, UInt32
 
 from ..io.checkpoint import load_checkpoint, save_checkpoint
 from ..io.tokenizer import Tokenizer
@@ -23,6 +23,14 @@ from .pretrained import CausalLM, RewardModel
 
 TextReward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 """(prompts, responses) as text -> one score a response; plain Python."""
+
+_NONFINITE = {
+    "nonfinite_scores": "scores of the reward",
+    "nonfinite_logprobs": "log-probabilities of the policy or the reference",
+    "nonfinite_values": "values of the critic",
+    "nonfinite_parameters": "parameters after the update",
+}
+"""Counters that stop a run, and what they count."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,12 @@ def decode(tokenizer: Tokenizer, tokens: Int[Array, "B X"], mask: Bool[Array, "B
 
 
 class PPOBatch(eqx.Module):
-    """Prompts as a data loader gives them: padded on either side, `attention_mask` says where."""
+    """Prompts as a data loader gives them, padded on either side.
+
+    Attributes:
+        input_ids: token ids.
+        attention_mask: 1 or true where there is a token.
+    """
 
     input_ids: Int[ArrayLike, "N P"]
     attention_mask: Int[ArrayLike, "N P"] | Bool[ArrayLike, "N P"]
@@ -164,7 +177,7 @@ class PPOTrainer:
         *,
         config: PPOConfig,
         actor_critic_model: PPOActorCritic,
-        rng_key: Array,
+        rng_key: Key[Array, ""] | UInt32[Array, "2"],
         mesh: Mesh | None = None,
     ):
         if not jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key):
@@ -207,9 +220,11 @@ class PPOTrainer:
             The metrics, see docs/metrics.md.
 
         Raises:
-            ValueError: a wrong number of prompts, prompts too long, a score that is not finite.
+            ValueError: a wrong number of prompts, prompts too long, ids outside the vocabulary;
+                scores, log-probabilities, values or parameters that are not finite.
         """
         prompts = batch.prompts()
+        self._check_tokens(prompts)
         if prompts.tokens.shape[0] != self.config.num_prompts:
             raise ValueError(
                 f"the batch has {prompts.tokens.shape[0]} prompts; train_batch_size="
@@ -228,19 +243,20 @@ class PPOTrainer:
         else:
             self.state, metrics = compiled.step(self.state, *inputs, self.reward)
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if metrics["nonfinite_scores"]:
-            raise ValueError(
-                f"the reward gave {metrics['nonfinite_scores']:.0f} scores that are not finite in "
-                f"iteration {self.iteration}; its minibatches were skipped."
-            )
+        for name, what in _NONFINITE.items():
+            if metrics[name]:
+                raise ValueError(
+                    f"{metrics[name]:.0f} {what} of iteration {self.iteration} are NaN or "
+                    "infinite; minibatches with them were skipped."
+                )
         return metrics
 
     def save_checkpoint(self, path: str | os.PathLike) -> None:
-        """Write the whole training state: models, moments, counters, key."""
+        """Write the whole training state to `path`: models, moments, counters, key."""
         save_checkpoint(path, self.state)
 
     def load_checkpoint(self, path: str | os.PathLike) -> None:
-        """Go on from a checkpoint of the same models and settings, bit for bit.
+        """Go on from the checkpoint at `path`, of the same models and settings, bit for bit.
 
         Raises:
             ValueError: no checkpoint there, or one of other models.
@@ -248,13 +264,22 @@ class PPOTrainer:
         self.state = load_checkpoint(path, self.state)
 
     def save_model(self, path: str | os.PathLike) -> None:
-        """Write the policy as a Hugging Face folder."""
+        """Write the policy as a Hugging Face folder at `path`."""
         self.policy.save_pretrained(path)
 
     @property
     def policy(self) -> CausalLM:
         """The policy as it is now."""
         return self.policy_model.with_model(self.state.policy)
+
+    def _check_tokens(self, prompts: Prompts) -> None:
+        size = self.policy_model.config.vocab_size
+        tokens = np.asarray(prompts.tokens)[np.asarray(prompts.mask)]
+        if tokens.min() < 0 or tokens.max() >= size:
+            bad = tokens.min() if tokens.min() < 0 else tokens.max()
+            raise ValueError(
+                f"input_ids has id {bad}, outside of the policy's vocabulary of {size} tokens."
+            )
 
     def _iteration(self, width: int) -> CompiledIteration:
         if width not in self._compiled:

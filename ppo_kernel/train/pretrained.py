@@ -25,7 +25,9 @@ _TYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True, eq=False)
 class CausalLM:
-    """A language model with its tokenizer. Immutable: `with_model` makes a changed one.
+    """A language model with its tokenizer.
+
+    Immutable: `with_model` makes a changed one.
 
     Attributes:
         model: the pytree that the kernel trains.
@@ -46,7 +48,7 @@ class CausalLM:
         tokenizer: Tokenizer | None = None,
         family: str | Family = "llama",
     ) -> "CausalLM":
-        """A model with random weights. Consumes `key`.
+        """A model with random weights; consumes `key`.
 
         Raises:
             ValueError: the family cannot express `config`, or the vocabulary is too small.
@@ -73,6 +75,9 @@ class CausalLM:
             compute_dtype: type of the activations; None takes `param_dtype`.
             cache_dtype: type of the KV cache; None takes `compute_dtype`.
 
+        Returns:
+            The model, with the folder's tokenizer and settings.
+
         Raises:
             FileNotFoundError: no such folder, or it has no config.json.
             ValueError: a model that is not supported, or tensors that do not fit it.
@@ -91,7 +96,7 @@ class CausalLM:
         return cls(model, tokenizer, manifest)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write a folder that `from_pretrained`, and transformers' AutoModelForCausalLM, load.
+        """Write a folder at `path` that we and transformers' AutoModelForCausalLM load.
 
         Raises:
             ValueError: the model is no longer of the shape that its config says.
@@ -123,7 +128,9 @@ class CausalLM:
 
 @dataclass(frozen=True, eq=False)
 class RewardModel:
-    """A model of one score a sequence: that of its last token. Immutable like `CausalLM`.
+    """A model of one score a sequence: that of its last token.
+
+    Immutable like `CausalLM`.
 
     Attributes:
         model: the pytree; every slot has a value, a score is the last valid one.
@@ -137,7 +144,7 @@ class RewardModel:
 
     @classmethod
     def on(cls, causal_lm: CausalLM) -> "RewardModel":
-        """The trunk of a language model under a zero head: where reward training starts."""
+        """The trunk of `causal_lm` under a zero head: where reward training starts."""
         model = ValueModel.on(causal_lm.model.trunk)
         return cls(model, causal_lm.tokenizer, causal_lm.manifest)
 
@@ -150,7 +157,9 @@ class RewardModel:
         compute_dtype: str | None = None,
         cache_dtype: str | None = None,
     ) -> "RewardModel":
-        """Load a folder of a sequence classifier with one label; otherwise as `CausalLM`'s.
+        """Load a folder of a sequence classifier with one label.
+
+        Arguments as in `CausalLM.from_pretrained`.
 
         Raises:
             FileNotFoundError: no such folder, or it has no config.json.
@@ -169,7 +178,7 @@ class RewardModel:
         return cls(model, tokenizer, manifest)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write a folder that transformers' AutoModelForSequenceClassification loads, too.
+        """Write a folder at `path`, for transformers' AutoModelForSequenceClassification too.
 
         That class scores the last token which is not the pad id, so it agrees with us on texts
         that end with another one.
@@ -185,6 +194,12 @@ class RewardModel:
 
     def score_texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """One score for each prompt with its response, read by this model's own tokenizer.
+
+        Args:
+            prompts, responses: text; a response is read right after its prompt.
+
+        Returns:
+            The scores, in the same order.
 
         Raises:
             ValueError: no tokenizer, lists of different lengths, or a text without a token.

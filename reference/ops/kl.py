@@ -33,7 +33,7 @@ def clamp_log_ratio(x: Float64[np.ndarray, "*shape"]) -> Float64[np.ndarray, "*s
 
 def is_clamped(x: Float64[np.ndarray, "*shape"]) -> Bool[np.ndarray, "*shape"]:
     """Whether x is beyond a limit."""
-    return _for_each(lambda number: _clamp(number) != number, x, bool)
+    return _for_each(lambda number: abs(number) > LOG_RATIO_LIMIT, x, bool)
 
 
 def k1(log_ratio: Float64[np.ndarray, "*shape"]) -> Float64[np.ndarray, "*shape"]:

@@ -29,7 +29,7 @@ def entropy(logits: Float64[np.ndarray, "*batch V"]) -> Float64[np.ndarray, "*ba
     entropies = np.zeros(logits.shape[:-1])
     for place in np.ndindex(entropies.shape):
         logp = _log_softmax(logits[place])
-        entropies[place] = -sum(math.exp(lp) * lp for lp in logp if lp > -math.inf)
+        entropies[place] = -sum(math.exp(lp) * lp for lp in logp if lp != -math.inf)
     return entropies
 
 

@@ -57,3 +57,15 @@ def test_gradient_ignores_poison_at_masked_places(x, mask):
     slope = jax.grad(lambda x: masked_sum(whiten(x, jnp.asarray(mask)) ** 3, jnp.asarray(mask)))(x)
     assert np.isfinite(slope).all()
     assert not np.asarray(slope)[~mask].any()
+
+
+def test_fixed_mean_of_one_slot_is_the_mean_over_sequences():
+    np.testing.assert_array_equal(fixed_mean(1)(jnp.ones((4, 1), bool)), np.full((4, 1), 0.25))
+
+
+def test_a_constant_is_whitened_to_zero_and_a_small_spread_stays_small():
+    mask = jnp.ones((1, 2), bool)
+    np.testing.assert_array_equal(whiten(jnp.full((1, 2), 0.5), mask), np.zeros((1, 2)))
+    # The variance is 1e-8, as large as the epsilon that is added to it.
+    spread = whiten(jnp.array([[-1e-4, 1e-4]]), mask)
+    np.testing.assert_allclose(spread, [[-(0.5**0.5), 0.5**0.5]], rtol=1e-4)

@@ -52,7 +52,7 @@ def test_a_run_folder_holds_the_whole_run(tmp_path):
     assert drawn == {"reward.png", "kl_divergence.png", "curves.png"}
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["settings"]["kl_estimator"] == "k1"
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["step"]) for line in lines] == [("ppo", i) for i in (1, 2, 3)]
     assert lines[2]["reward"] == pytest.approx(0.3)
     assert json.loads((tmp_path / "run/samples.jsonl").read_text())["prompt"] == "é"
