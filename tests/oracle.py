@@ -14,6 +14,7 @@ import reference.models.transformer
 import reference.types
 from ppo_kernel.config import Hyperparams
 from ppo_kernel.models import LanguageModel, Transformer, TransformerConfig, ValueHead, ValueModel
+from ppo_kernel.testing import NORM_TOLERANCES
 from ppo_kernel.types import Experience, Prompts, Rollout, Scores
 from reference.tree import tree_leaves, tree_map
 
@@ -105,7 +106,13 @@ def to_reference(record):
     if isinstance(record, RECORDS):
         twin = getattr(reference.types, type(record).__name__)
         return twin(**{f.name: to_reference(getattr(record, f.name)) for f in fields(record)})
-    return np.asarray(record)
+    return _exact(record)
+
+
+def _exact(x) -> np.ndarray:
+    """The same numbers; the reference takes its floats in float64."""
+    x = np.asarray(x)
+    return x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x
 
 
 def model_to_reference(model) -> reference.models.heads.Model:
@@ -127,7 +134,7 @@ def config_of(config: TransformerConfig) -> reference.models.transformer.Transfo
 
 def parameters_of(model) -> dict:
     """The numbers of a model, or a gradient or moment of its shape, as the reference names them."""
-    model = jax.tree.map(np.asarray, eqx.filter(model, eqx.is_inexact_array))
+    model = jax.tree.map(_exact, eqx.filter(model, eqx.is_inexact_array))
     if isinstance(model, ValueHead):
         return {"head": model.weight}
     trunk = model.trunk
@@ -159,7 +166,7 @@ def _layer(block) -> dict:
     }
 
 
-def assert_near(got, want, name: str, relative: float = 1e-9) -> None:
+def assert_near(got, want, name: str, relative: float = NORM_TOLERANCES["float64"]) -> None:
     """Every array of `got` is within `relative` of the norm of its twin in `want`.
 
     An array may be zero but for rounding, so a thousandth of the whole tree counts as well.

@@ -1,4 +1,4 @@
-"""Laws of GAE beyond its twin."""
+"""Law 5: what GAE is, beyond its row in the table of twins."""
 
 import hypothesis.strategies as st
 import jax
@@ -8,6 +8,7 @@ from hypothesis import given
 
 from ppo_kernel.advantages import gae
 from ppo_kernel.testing import SHAPES, TOLERANCES, masks, reals
+from reference import advantages as reference
 
 SHAPE, GAMMA = SHAPES[0], 0.9
 TIGHT = TOLERANCES["float64"]
@@ -22,7 +23,7 @@ def rows(rewards, values, mask, bootstrap):
 
 
 @rollouts
-def test_lambda_0_is_the_td_residual(float64, rollout):
+def test_law_5_lambda_0_is_the_td_residual(float64, rollout):
     advantages, _ = estimate(*map(jnp.asarray, rollout), gamma=GAMMA, lam=0.0)
     for advantage, (valid, reward, value) in zip(advantages, rows(*rollout), strict=True):
         np.testing.assert_allclose(
@@ -31,13 +32,23 @@ def test_lambda_0_is_the_td_residual(float64, rollout):
 
 
 @rollouts
-def test_lambda_1_is_the_discounted_return_minus_the_value(float64, rollout):
+def test_law_5_lambda_1_is_the_discounted_return_minus_the_value(float64, rollout):
     advantages, returns = estimate(*map(jnp.asarray, rollout), gamma=GAMMA, lam=1.0)
     for b, (valid, reward, value) in enumerate(rows(*rollout)):
         earned = np.append(reward, value[-1])
         future = [np.polyval(earned[t:][::-1], GAMMA) for t in range(len(reward))]
         np.testing.assert_allclose(returns[b][valid], future, *TIGHT)
         np.testing.assert_allclose(advantages[b][valid], future - value[:-1], *TIGHT)
+
+
+@rollouts
+def test_law_5_scan_is_the_numpy_loop(float64, rollout):
+    """Other types and coefficients, eager and vmapped: its row in twins.py."""
+    results = estimate(*map(jnp.asarray, rollout), gamma=GAMMA, lam=0.95)
+    for shipped, looped in zip(
+        results, reference.gae(*rollout, gamma=GAMMA, lam=0.95), strict=True
+    ):
+        np.testing.assert_allclose(shipped, looped, *TIGHT)
 
 
 def nearest(later, earlier):
@@ -59,14 +70,14 @@ def associative_gae(rewards, values, mask, bootstrap, gamma, lam):
 
 
 @rollouts
-def test_scan_is_the_associative_scan(float64, rollout):
+def test_law_5_scan_is_the_associative_scan(float64, rollout):
     arrays = list(map(jnp.asarray, rollout))
     advantages, _ = estimate(*arrays, gamma=GAMMA, lam=0.95)
     np.testing.assert_allclose(advantages, associative_gae(*arrays, GAMMA, 0.95), *TIGHT)
 
 
 @rollouts
-def test_holes_carry(float64, rollout):
+def test_law_5_holes_in_the_mask_carry(float64, rollout):
     """Moving the valid tokens of a row together moves their advantages and changes none."""
     mask = rollout[2]
     order = np.argsort(~mask, axis=1, kind="stable")

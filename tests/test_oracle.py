@@ -14,9 +14,9 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, assume, given, settings
 from oracle import assert_near, model_to_reference, parameters_of, to_reference
-from oracle_cases import CASES, hyperparameters
+from oracle_cases import CASES, FLOAT32_CASES, hyperparameters
 
 import reference.iteration
 import reference.update
@@ -25,6 +25,7 @@ from ppo_kernel.advantages import gae
 from ppo_kernel.config import Hyperparams
 from ppo_kernel.iteration import collect
 from ppo_kernel.ops.sampling import sampling_noise
+from ppo_kernel.testing import NORM_TOLERANCES
 from ppo_kernel.update import Learner, minibatch_order
 
 
@@ -66,7 +67,7 @@ def drawn_from_key(case, state, sample_ids):
     }
 
 
-def assert_same_experience(seen, trace):
+def assert_same_experience(seen, trace, relative=NORM_TOLERANCES["float64"]):
     collected, expected = seen["collected"], trace.experience
     rollout, mask = collected.rollout, trace.rollout.mask
     for name in ("prompt_tokens", "prompt_mask", "sample_ids", "tokens", "mask", "lengths",
@@ -86,7 +87,7 @@ def assert_same_experience(seen, trace):
         ("advantages", advantages, trace.raw_advantages),
         ("returns", returns, expected.returns),
     ):
-        assert_near(np.asarray(got), want, name)
+        assert_near(np.asarray(got), want, name, relative)
 
 
 def assert_same_state(state, expected):
@@ -105,10 +106,8 @@ def assert_same_state(state, expected):
     assert_near(np.asarray(state.kl_coef), np.asarray(expected.kl_coef), "KL coefficient")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@settings(max_examples=3, phases=(Phase.explicit, Phase.reuse, Phase.generate))
-@given(data=st.data())
-def test_two_iterations_equal_the_oracle(float64, case, data):
+def start(case, data):
+    """(random numbers, shipped state, the reference's, frozen policy, hyper-parameters)."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "seed"))
     hyperparams = Hyperparams(**data.draw(hyperparameters(case), "hyperparameters"))
     trunk = case.trunk_config()
@@ -119,17 +118,51 @@ def test_two_iterations_equal_the_oracle(float64, case, data):
     expected = reference.update.TrainState.start(
         model_to_reference(policy), model_to_reference(critic), float(hyperparams.kl_coef)
     )
+    return rng, state, expected, frozen, hyperparams
+
+
+def iterate_both(case, rng, state, expected, frozen, hyperparams):
+    """One iteration: (state, metrics, what was seen), and the same of the reference."""
+    # A sequence of one repeated token has no gradient in its queries and keys; Adam would
+    # make a step of the rounding error that is left. Two distinct tokens keep it away.
+    prompts = oracle.draw_prompts(*case.prompts, case.trunk_config().vocab_size, rng, shortest=2)
+    shipped = compiled(case)(state, frozen, prompts, hyperparams)
+    seen = shipped[-1]
+    judge = reference.iteration.ppo_iteration(
+        expected, model_to_reference(frozen), to_reference(prompts), to_reference(hyperparams),
+        np.float64(seen["noise"]), np.asarray(seen["order"]),
+        reward=case.reward.reference, config=case.reference_config(),
+    )  # fmt: skip
+    return shipped, judge
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@settings(max_examples=3, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(data=st.data())
+def test_law_10_the_whole_iteration_is_the_numpy_oracle(float64, case, data):
+    rng, state, expected, frozen, hyperparams = start(case, data)
     for _ in range(2):
-        # A sequence of one repeated token has no gradient in its queries and keys; Adam would
-        # make a step of the rounding error that is left. Two distinct tokens keep it away.
-        prompts = oracle.draw_prompts(*case.prompts, trunk.vocab_size, rng, shortest=2)
-        state, metrics, seen = compiled(case)(state, frozen, prompts, hyperparams)
-        expected, expected_metrics, trace = reference.iteration.ppo_iteration(
-            expected, model_to_reference(frozen), to_reference(prompts),
-            to_reference(hyperparams), np.float64(seen["noise"]), np.asarray(seen["order"]),
-            reward=case.reward.reference, config=case.reference_config(),
-        )  # fmt: skip
+        shipped, judge = iterate_both(case, rng, state, expected, frozen, hyperparams)
+        state, metrics, seen = shipped
+        expected, expected_metrics, trace = judge
         assert_same_experience(seen, trace)
         assert_same_state(state, expected)
         for name, number in expected_metrics.items():
             assert_near(np.asarray(metrics[name]), np.asarray(number), name)
+
+
+@pytest.mark.parametrize("case", FLOAT32_CASES, ids=str)
+@settings(max_examples=5, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(data=st.data())
+def test_law_10_in_float32_up_to_its_roundings(case, data):
+    shipped, judge = iterate_both(case, *start(case, data))
+    (state, _, seen), (expected, _, trace) = shipped, judge
+    # A draw whose margin is below the rounding of a running sum may fall to another token.
+    assume(np.array_equal(seen["collected"].rollout.tokens, trace.rollout.tokens))
+    assert_same_experience(seen, trace, NORM_TOLERANCES["float32 forward"])
+    gradient = NORM_TOLERANCES["float32 gradient"]
+    for role, moments, twin in (
+        ("policy", state.actor_optimizer_state, expected.actor_moments),
+        ("critic", state.critic_optimizer_state, expected.critic_moments),
+    ):
+        assert_near(parameters_of(moments.mu), twin.first, f"{role} gradient", gradient)

@@ -1,6 +1,11 @@
 """The program that users of such a library write, as they write it."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -83,22 +88,15 @@ def test_the_familiar_program_runs(folders, tmp_path):
     changed = np.abs(saved.model.trunk.embedding - policy.model.trunk.embedding).max()
     assert changed > 0.0, "the policy is trained, and the one passed in stays as it was"
 
-    # Law 9: a trainer that loads the checkpoint goes on bit for bit.
-    second = PPOTrainer(config=config, actor_critic_model=actor_critic, rng_key=jax.random.key(99))
-    second.load_checkpoint(tmp_path / "checkpoint")
-    assert second.train_step(batch) == trainer.train_step(batch)
-    with pytest.raises(ValueError, match="no checkpoint at"):
-        second.load_checkpoint(tmp_path / "nowhere")
 
-
-def _trainer(folders, reward, **changes):
+def _trainer(folders, reward, seed=0, **changes):
     settings = {"train_batch_size": 8, "max_seq_len": 10, "max_new_tokens": 4, "num_ppo_epochs": 1}
     config = PPOConfig(**(settings | changes))
     policy = CausalLM.from_pretrained(folders / "sft")
     return PPOTrainer(
         config=config,
         actor_critic_model=PPOActorCritic(policy, reward, config),
-        rng_key=jax.random.key(0),
+        rng_key=jax.random.key(seed),
         mesh=make_mesh(1),
     )
 
@@ -108,6 +106,47 @@ def _batch(rows: int = 8) -> PPOBatch:
     mask = np.ones((rows, 5), np.int64)
     mask[0, 3:] = 0  # padded on the right, as many loaders do
     return PPOBatch(input_ids=ids, attention_mask=mask)
+
+
+TRAIN_SAVE_AND_DIE = """
+import os, pathlib, signal, sys
+import test_familiar_surface as here
+root, checkpoint = map(pathlib.Path, sys.argv[1:])
+trainer = here.resumable(root)
+trainer.train_step(here._batch())
+trainer.save_checkpoint(checkpoint)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def resumable(folders, seed=0):
+    """A trainer whose whole state moves: models, moments, counters, the KL coefficient."""
+    reward = RewardModel.from_pretrained(folders / "reward")
+    settings = {"learning_rate_actor": 1e-3, "learning_rate_critic": 1e-3, "kl_target": 1.0}
+    return _trainer(folders, reward, seed, **settings)
+
+
+def test_law_9_save_kill_resume_is_never_stopped_bit_for_bit(folders, tmp_path):
+    """A process is killed after its checkpoint; a trainer of another seed goes on from that."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    settings = {"PYTHONPATH": os.pathsep.join(paths), "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    killed = subprocess.run(
+        [sys.executable, "-c", TRAIN_SAVE_AND_DIE, folders, tmp_path / "checkpoint"],
+        env=os.environ | settings, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    never_stopped, resumed = resumable(folders), resumable(folders, seed=99)
+    never_stopped.train_step(_batch())
+    resumed.load_checkpoint(tmp_path / "checkpoint")
+    for _ in range(2):
+        states = never_stopped.state, resumed.state
+        for a, b in zip(*map(jax.tree.leaves, states), strict=True):
+            if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+                a, b = map(jax.random.key_data, (a, b))
+            np.testing.assert_array_equal(a, b)
+        assert never_stopped.train_step(_batch()) == resumed.train_step(_batch())
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        resumed.load_checkpoint(tmp_path / "nowhere")
 
 
 def test_a_python_reward_sees_text(folders):
