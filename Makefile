@@ -5,9 +5,15 @@ VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(VERSION))
 # `make test EXTRAS=test,hf` adds the tests against torch and transformers.
 EXTRAS ?= test
 TASK ?= sentiment
+# `make mutants FILES=ppo_kernel/losses.py` breaks one file; docs/mutants.md has the result of all.
+WORKERS ?= 2
+RESULTS ?= .benchmarks/results.json
+BASELINE ?= bench/baseline.json
+# Tunix needs Python 3.12.
+PYTHON312 ?= python3.12
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench bench-check bench-baseline bench-scaling bench-peers mutants lint clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/ppo-kernel demo --task $(TASK)
@@ -15,8 +21,40 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
+# `make bench BENCH_SIZES=tiny,qwen05`; what the numbers mean is in docs/benchmarks.md.
 bench: $(VENV)/.installed-bench
-	$(BIN)/python -m pytest bench --benchmark-group-by=group --benchmark-columns=median,min,rounds
+	mkdir -p .benchmarks
+	$(BIN)/python -m pytest bench --quiet --benchmark-json=$(RESULTS) --benchmark-columns=median,min,rounds
+	$(BIN)/python -m bench.report $(RESULTS) .benchmarks/bench.png
+
+# Each benchmark as a ratio to a calibration kernel, against the saved ratios.
+bench-check: bench
+	$(BIN)/python -m bench.regression check $(RESULTS) $(BASELINE)
+
+bench-baseline: bench
+	$(BIN)/python -m bench.regression save $(RESULTS) $(BASELINE)
+
+bench-scaling: $(VENV)/.installed-bench
+	mkdir -p .benchmarks
+	$(BIN)/python -m bench.scaling --plot .benchmarks/scaling.png $(SCALING_ARGS)
+
+# Other frameworks, each in an environment of its own; `make bench-peers PEERS_ARGS='--shape SMALL'`.
+bench-peers: $(VENV)/.installed-bench .venv-tunix/.installed .venv-trl/.installed
+	TUNIX_PYTHON=.venv-tunix/bin/python TRL_PYTHON=.venv-trl/bin/python \
+		$(BIN)/python -m bench.peers.compare $(PEERS_ARGS)
+
+.venv-tunix/.installed: bench/peers/tunix.txt
+	$(PYTHON312) -m venv .venv-tunix
+	.venv-tunix/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+.venv-trl/.installed: bench/peers/trl.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+mutants: $(VENV)/.installed-mutants
+	$(BIN)/python tests/mutants/run.py --workers $(WORKERS) $(FILES)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

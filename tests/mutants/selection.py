@@ -1,0 +1,92 @@
+"""Which tests judge which file, the fastest and most specific first."""
+
+import re
+import signal
+from pathlib import Path
+
+import hypothesis
+
+
+def twins(*names: str) -> str:
+    return rf"test_twins\.py::.*\[({'|'.join(names)})"
+
+
+GRADIENTS = r"test_update\.py::test_gradient_of_a_minibatch_equals_the_reference\[None\]"
+CHECKS = {
+    "ops/kl.py": (r"ops/test_kl\.py", twins("clamp", "is_clamped", "k1", "k2", "k3")),
+    "ops/logprobs.py": (
+        r"ops/test_logprobs\.py",
+        twins("token_logprobs", "entropy", "logprobs_from_hidden"),
+    ),
+    "ops/masked.py": (
+        r"ops/test_masked\.py",
+        twins("masked_", "whiten", "token_mean", "sequence_mean", "fixed_mean"),
+    ),
+    "ops/sampling.py": (
+        r"ops/test_sampling\.py",
+        twins("restrict_logits", "ban_tokens", "sample_tokens"),
+    ),
+    "rewards.py": (
+        r"test_rewards\.py",
+        twins("token_rewards", "last_valid", "adaptive_kl_coef"),
+    ),
+    "advantages.py": (r"test_advantages\.py", twins("gae")),
+    "losses.py": (r"test_losses\.py", twins("clipped_", "is_clipped")),
+    "update.py": (
+        GRADIENTS,
+        r"test_update\.py",
+        r"test_oracle\.py::.*\[(shared-adaptive|grouped)\]",
+    ),
+    "rollout.py": (
+        r"test_rollout_reference\.py",
+        r"test_laws\.py::test_law_[24].*\[(tied|recurrent)\]",
+        r"test_program\.py::test_generation_stops",
+        r"test_laws\.py::test_law_1_unchanged_parameters_have_no_kl\[(all|plain)-rollout\]",
+    ),
+    "scoring.py": (
+        r"test_scoring\.py",
+        r"test_laws\.py::test_law_2_cached.*\[tied\]",
+        r"test_oracle\.py::.*\[shared-adaptive\]",
+    ),
+}
+"""File -> patterns of test ids, in the order in which the tests run."""
+
+
+def test_files(file: str) -> list[str]:
+    names = [pattern.split("::")[0].replace("\\", "") for pattern in CHECKS[file]]
+    return list(dict.fromkeys(names))
+
+
+class Selection:
+    """A pytest plugin: the chosen tests in order, no shrinking, and an alarm for each test."""
+
+    def __init__(self, patterns: tuple[str, ...], function: str, report: Path, seconds: int):
+        self.patterns, self.report, self.seconds = patterns, report, seconds
+        self.functions = [name.strip("_") for name in function.split(".") if name]
+
+    def pytest_configure(self, config):
+        # The alarm has its default action: it ends the process even inside a compiled loop.
+        signal.alarm(self.seconds)
+        hypothesis.settings.register_profile(
+            "mutants",
+            parent=hypothesis.settings.get_profile("ppo_kernel"),
+            phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+            derandomize=True,
+            database=None,
+            report_multiple_bugs=False,
+        )
+        hypothesis.settings.load_profile("mutants")
+
+    def pytest_collection_modifyitems(self, items):
+        chosen = []
+        for item in items:
+            matches = (i for i, x in enumerate(self.patterns) if re.search(x, item.nodeid))
+            rank = next(matches, None)
+            if rank is not None:
+                elsewhere = not any(name in item.nodeid for name in self.functions)
+                chosen.append(((elsewhere, rank), item))
+        items[:] = [item for _, item in sorted(chosen, key=lambda pair: pair[0])]
+
+    def pytest_runtest_logstart(self, nodeid):
+        signal.alarm(self.seconds)
+        self.report.write_text(nodeid.removeprefix("tests/"))
