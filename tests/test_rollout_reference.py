@@ -78,3 +78,15 @@ def test_noise_of_another_shape_is_refused(float64):
             ),
             jax.ShapeDtypeStruct((3, 4, 2), np.float64),
         )  # fmt: skip
+
+
+def test_the_temperature_is_1_where_none_is_given(float64):
+    rng = np.random.default_rng(0)
+    policy = oracle.draw_policy(oracle.trunk_config(**TRUNK), rng)
+    inputs = policy, oracle.draw_prompts(3, 4, 13, rng), jax.random.key(0)
+    config = GenerationConfig(max_new_tokens=2)
+    plain, tempered = (
+        jax.jit(lambda *a, s=s: generate(*a, config=config, **s))(*inputs)
+        for s in ({}, {"temperature": 1.0})
+    )
+    np.testing.assert_array_equal(plain.logprobs, tempered.logprobs)

@@ -35,7 +35,7 @@ import tokenizers  # noqa: E402, F401
 from kinds import Mutant, mutants_of  # noqa: E402
 from selection import CHECKS, Selection, test_files  # noqa: E402
 
-SECONDS_A_TEST = 120
+SECONDS_A_TEST = 300
 """A test that runs longer than this, several times the slowest one, caught an endless loop."""
 PYTEST = {0: "survived", 1: "failed", 2: "not importable"}
 SIGNALS = {signal.SIGALRM: "endless", signal.SIGSEGV: "crashed", signal.SIGABRT: "crashed"}
