@@ -1,0 +1,1 @@
+"""Benchmarks: pytest-benchmark suites, scaling runs, peers and a regression check."""

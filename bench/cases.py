@@ -1,0 +1,94 @@
+"""Models, states and prompts of a size, filled by NumPy: nothing is compiled to make them."""
+
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
+from ppo_kernel.models import LanguageModel, Transformer, TransformerConfig, ValueModel
+from ppo_kernel.sharding import make_mesh, place
+from ppo_kernel.types import Prompts, Rollout
+from ppo_kernel.update import Learner, TrainState
+
+from .sizes import Size
+
+
+@dataclass(frozen=True)
+class Case:
+    """All that a stage needs. `state` is consumed by the stages that donate it."""
+
+    size: Size
+    mesh: Mesh | None
+    config: IterationConfig
+    hyperparams: Hyperparams
+    reference: LanguageModel
+    state: TrainState
+    prompts: Prompts
+
+
+def build(size: Size, dtype: str = "float32", devices: int | None = None) -> Case:
+    """Weights N(0, 0.02^2), random prompts, responses of full length: no EOS id is given.
+
+    Args:
+        size: of the models and the batch.
+        dtype: of parameters, activations and the KV cache alike.
+        devices: of a data mesh; None for no mesh at all.
+    """
+    mesh = None if devices is None else make_mesh(devices)
+    model = _model_config(size, dtype)
+    reference = _filled(LanguageModel.init, model, seed=0)
+    critic = ValueModel.on(_filled(Transformer.init, model, seed=1))
+    hyperparams = Hyperparams(kl_coef=0.1)
+    state = Learner().init(reference, critic, jax.random.key(3), hyperparams)
+    return Case(
+        size=size,
+        mesh=mesh,
+        config=IterationConfig(GenerationConfig(size.response), num_epochs=size.epochs),
+        hyperparams=place(hyperparams, mesh, "parameter"),
+        reference=place(reference, mesh, "parameter"),
+        state=place(state, mesh, "parameter"),
+        prompts=place(_prompts(size), mesh, "batch"),
+    )
+
+
+def even_fraction(rollout: Rollout):
+    """The reward of the benchmarks: the share of even token ids."""
+    return jnp.mean((rollout.tokens % 2 == 0).astype(jnp.float32), axis=1)
+
+
+def _model_config(size: Size, dtype: str) -> TransformerConfig:
+    return TransformerConfig(
+        vocab_size=size.vocab, hidden_size=size.width, intermediate_size=size.mlp,
+        num_layers=size.layers, num_heads=size.heads, num_kv_heads=size.kv_heads,
+        head_dim=size.head_dim, rope_theta=1e6, qkv_bias=True, tie_embeddings=size.tied,
+        param_dtype=dtype, compute_dtype=dtype, cache_dtype=dtype,
+    )  # fmt: skip
+
+
+def _filled(init, model: TransformerConfig, seed: int):
+    """The arrays `init` would make, filled by name: norms with ones, biases with zeros."""
+    shapes = eqx.filter_eval_shape(init, jax.random.key(0), model)
+    generator = np.random.Generator(np.random.SFC64(seed))
+
+    def fill(path, leaf):
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        name = jax.tree_util.keystr(path)
+        if "norm" in name:
+            return jnp.ones(leaf.shape, leaf.dtype)
+        if "bias" in name:
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        values = generator.standard_normal(leaf.shape, np.float32)
+        return jnp.asarray(np.multiply(values, 0.02, out=values), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def _prompts(size: Size) -> Prompts:
+    shape = (size.batch, size.prompt)
+    tokens = np.random.default_rng(2).integers(2, size.vocab, shape, dtype=np.int32)
+    return Prompts(jnp.asarray(tokens), jnp.ones(shape, bool), jnp.arange(size.batch))

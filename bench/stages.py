@@ -1,0 +1,128 @@
+"""Each stage of an iteration compiled ahead of time, so that compiling is timed by itself."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+
+from ppo_kernel.iteration import collect, learn, ppo_iteration
+from ppo_kernel.rollout import generate
+from ppo_kernel.scoring import score
+from ppo_kernel.sharding import pin_parameters
+
+from .cases import Case, even_fraction
+from .recording import memory_mb
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage ready to run.
+
+    Attributes:
+        run: computes once more and returns arrays to wait for; state is threaded through calls.
+        compile_s: seconds of tracing, lowering and compiling.
+        temporary_mb: what the program allocates besides arguments and results, 1e6 bytes; None
+            where the backend does not say.
+    """
+
+    run: Callable[[], object]
+    compile_s: float
+    temporary_mb: float | None
+
+
+def prepare(name: str, case: Case) -> Stage:
+    """Compile one of `STAGES` for a case.
+
+    The state is donated as in `compile_iteration`, so a case serves one stage that learns.
+    """
+    return STAGES[name](case)
+
+
+def _compiled(function: Callable, *arguments, donate: str = "none"):
+    start = time.perf_counter()
+    compiled = eqx.filter_jit(function, donate=donate).lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    facts = {"compile_s": round(seconds, 2), "temporary_mb": memory_mb(compiled.compiled)}
+    return compiled, facts
+
+
+def _stateless(function: Callable, *arguments) -> Stage:
+    compiled, facts = _compiled(function, *arguments)
+    return Stage(run=lambda: compiled(*arguments), **facts)
+
+
+def _learning(function: Callable, case: Case, inputs) -> Stage:
+    """(inputs, state) -> (state, metrics), with the state donated and passed on."""
+    pin = pin_parameters(case.mesh)
+
+    def advance(inputs, state):
+        state, metrics = function(inputs, state)
+        return pin(state), metrics
+
+    compiled, facts = _compiled(advance, inputs, case.state, donate="all-except-first")
+    holder = [case.state]
+
+    def run():
+        holder[0], metrics = compiled(inputs, holder[0])
+        return holder[0].iteration, metrics
+
+    return Stage(run=run, **facts)
+
+
+def _rollout(case: Case) -> Stage:
+    def run(policy, prompts, key):
+        return generate(policy, prompts, key, config=case.config.generation)
+
+    return _stateless(run, case.state.policy, case.prompts, jax.random.key(0))
+
+
+def _score(case: Case) -> Stage:
+    sample = eqx.filter_jit(generate)
+    rollout = sample(
+        case.state.policy, case.prompts, jax.random.key(0), config=case.config.generation
+    )
+
+    def run(policy, reference, critic, rollout):
+        return score(policy, reference, critic, rollout, temperature=1.0)
+
+    return _stateless(run, case.state.policy, case.reference, case.state.critic, rollout)
+
+
+def _collect(case: Case) -> Stage:
+    def run(*arguments):
+        return collect(*arguments, config=case.config, mesh=case.mesh)
+
+    return _stateless(run, case.state, case.reference, case.prompts, case.hyperparams)
+
+
+def _learn(case: Case) -> Stage:
+    collected = eqx.filter_jit(collect)(
+        case.state, case.reference, case.prompts, case.hyperparams,
+        config=case.config, mesh=case.mesh,
+    )  # fmt: skip
+
+    def run(inputs, state):
+        return learn(state, *inputs, config=case.config, mesh=case.mesh)
+
+    return _learning(run, case, (collected, even_fraction(collected.rollout), case.hyperparams))
+
+
+def _step(case: Case) -> Stage:
+    def run(inputs, state):
+        return ppo_iteration(
+            state, *inputs, reward=even_fraction, config=case.config, mesh=case.mesh
+        )
+
+    return _learning(run, case, (case.reference, case.prompts, case.hyperparams))
+
+
+STAGES: dict[str, Callable[[Case], Stage]] = {
+    "rollout": _rollout,
+    "score": _score,
+    "collect": _collect,
+    "learn": _learn,
+    "step": _step,
+}
+"""Name -> how to prepare it; the same names as in `work.WORK`."""
