@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Key
 
 from .advantages import gae
 from .config import Hyperparams, IterationConfig
+from .metrics import nonfinite_counts, rollout_metrics
 from .models.base import Policy
-from .ops.kl import is_clamped
-from .ops.masked import at_least_float32, masked_mean, masked_sum, whiten, wider_type
-from .rewards import adaptive_kl_coef, last_valid, token_rewards
+from .ops.masked import at_least_float32, whiten, wider_type
+from .rewards import adaptive_kl_coef, token_rewards
 from .rollout import generate
 from .scoring import full_sequences, response_logprobs, score
 from .sharding import pin_batch, pin_parameters
@@ -116,8 +116,8 @@ def learn(
         rewards, frozen.values, rollout.mask, bootstrap_values,
         gamma=hyperparams.gamma, lam=hyperparams.lam,
     )  # fmt: skip
-    metrics = _rollout_metrics(rollout, scores, log_ratios, frozen.values, returns, rewards)
-    metrics |= _nonfinite_counts(collected, scores)
+    metrics = rollout_metrics(rollout, scores, log_ratios, frozen.values, returns, rewards)
+    metrics |= nonfinite_counts(rollout, collected.old_logprobs, frozen, scores)
     if config.whiten_advantages:
         advantages = whiten(advantages, rollout.mask)
     experience = Experience(
@@ -277,49 +277,3 @@ def _advance(
             num_sequences=rollout.lengths.shape[0],
         )  # fmt: skip
     return eqx.tree_at(lambda s: (s.iteration, s.kl_coef), state, (state.iteration + 1, kl_coef))
-
-
-def _rollout_metrics(rollout, scores, log_ratios, values, returns, rewards) -> Metrics:
-    """What the rollout says of the policy; sequences without a token are counted, not averaged."""
-    mask, kept = rollout.mask, jnp.any(rollout.mask, axis=1)
-    totals = scores if scores.ndim == 1 else jnp.sum(jnp.where(mask, scores, 0.0), axis=1)
-    mean = masked_mean(totals, kept)
-    sequences = jnp.maximum(jnp.sum(kept), 1).astype(log_ratios.dtype)
-    residual = jnp.where(mask, returns - values, 0.0)
-
-    def variance(x: Float[Array, "B T"]) -> Float[Array, ""]:
-        return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
-
-    spread = variance(returns)
-    explained = 1.0 - variance(residual) / jnp.where(spread > 0, spread, 1.0)
-    float_type = totals.dtype
-    return {
-        "mean_reward": mean,
-        "reward_std": jnp.sqrt(masked_mean(jnp.square(totals - mean), kept)),
-        "token_reward": masked_sum(rewards, mask) / sequences.astype(rewards.dtype),
-        "kl_divergence": masked_sum(log_ratios, mask) / sequences,
-        "explained_variance": jnp.where(spread > 0, explained, 0.0),
-        "value_mean": masked_mean(values, mask),
-        "return_mean": masked_mean(returns, mask),
-        "response_length": jnp.mean(rollout.lengths.astype(float_type)),
-        "truncated_fraction": jnp.mean((~rollout.terminated).astype(float_type)),
-        "empty_responses": jnp.sum(~kept).astype(float_type),
-        "clamped_rollout_log_ratios": masked_sum(is_clamped(log_ratios).astype(float_type), mask),
-    }
-
-
-def _nonfinite_counts(collected: Collected, scores: Float[Array, "..."]) -> Metrics:
-    """How many valid tokens meet a NaN or an infinity: what poisons a metric, skips a minibatch."""
-    rollout, frozen = collected.rollout, collected.scores
-    logprobs = (rollout.behaviour_logprobs, collected.old_logprobs, frozen.reference_logprobs)
-    scored = rollout.mask
-    if scores.ndim == 1:
-        scores, scored = scores[:, None], last_valid(rollout.mask)
-    bad = {
-        "nonfinite_scores": ~jnp.isfinite(scores) & scored,
-        "nonfinite_logprobs": ~jnp.all(jnp.isfinite(jnp.stack(logprobs)), axis=0),
-        "nonfinite_values": ~(jnp.isfinite(frozen.values + frozen.bootstrap_values[:, None])),
-    }
-    return {
-        name: masked_sum(x.astype(jnp.result_type(float)), rollout.mask) for name, x in bad.items()
-    }

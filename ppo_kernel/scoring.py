@@ -76,7 +76,7 @@ def response_values(
     length = rollout.tokens.shape[1]
     start = values.shape[1] - length - 1
     last = jnp.take_along_axis(values, start + rollout.lengths[:, None], axis=1)
-    return predicting_slots(values, length), last[:, 0]
+    return predicting_slots(values, length), jnp.squeeze(last, axis=1)
 
 
 def critic_values(

@@ -49,12 +49,13 @@ class GenerationConfig:
 class IterationConfig:
     """Settings of an iteration.
 
-    `loss_kl_slope` is the derivative of the KL estimator in the loss: it is all that an update
-    sees of it. Epochs and minibatches are the rows of the order that an update is given.
+    `loss_kl_slope` is the derivative of `loss_kl`, the KL estimator in the loss. Epochs and
+    minibatches are the rows of the order that an update is given.
     """
 
     generation: GenerationConfig
     reward_kl: Callable | None = k1
+    loss_kl: Callable | None = None
     loss_kl_slope: Callable | None = None
     reduction: Callable = token_mean
     whiten_advantages: bool = True

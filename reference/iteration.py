@@ -8,8 +8,9 @@ from jaxtyping import Float64, Int
 
 from .advantages import gae
 from .config import Hyperparams, IterationConfig
+from .metrics import rollout_metrics
 from .models.heads import Model
-from .ops.masked import masked_sum, whiten
+from .ops.masked import whiten
 from .rewards import adaptive_kl_coef, token_rewards
 from .rollout import generate
 from .scoring import response_logprobs, score
@@ -23,6 +24,7 @@ class Trace:
 
     rollout: Rollout
     scores: Scores
+    sequence_scores: Float64[np.ndarray, "..."]
     rewards: Float64[np.ndarray, "B T"]
     bootstrap_values: Float64[np.ndarray, " B"]
     raw_advantages: Float64[np.ndarray, "B T"]
@@ -47,16 +49,20 @@ def ppo_iteration(
         state, reference, prompts, hyperparams, noise, reward=reward, config=config
     )
     state, metrics = update(state, trace.experience, order, hyperparams, config=config)
-    experience, mask = trace.experience, trace.rollout.mask
-    log_ratios = experience.old_logprobs - experience.reference_logprobs
-    kl = masked_sum(log_ratios, mask) / max(int(mask.any(axis=1).sum()), 1)
+    experience = trace.experience
+    metrics |= rollout_metrics(
+        trace.rollout, trace.sequence_scores,
+        experience.old_logprobs - experience.reference_logprobs,
+        experience.old_values, experience.returns, trace.rewards,
+    )  # fmt: skip
     if hyperparams.kl_target is not None:
         kl_coef = adaptive_kl_coef(
-            np.asarray(state.kl_coef), np.asarray(kl), target=hyperparams.kl_target,
-            horizon=hyperparams.kl_horizon, num_sequences=len(mask),
+            np.asarray(state.kl_coef), np.asarray(metrics["kl_divergence"]),
+            target=hyperparams.kl_target, horizon=hyperparams.kl_horizon,
+            num_sequences=len(trace.rollout.mask),
         )  # fmt: skip
         state = replace(state, kl_coef=kl_coef)
-    return state, metrics | {"kl_divergence": kl}, trace
+    return state, metrics, trace
 
 
 def experience_of(
@@ -79,8 +85,9 @@ def experience_of(
     old_logprobs = rollout.logprobs
     if config.recompute_old_logprobs:
         old_logprobs, _ = response_logprobs(state.policy, rollout, temperature=temperature)
+    sequence_scores = reward(rollout)
     rewards = token_rewards(
-        reward(rollout), old_logprobs - scores.reference_logprobs,
+        sequence_scores, old_logprobs - scores.reference_logprobs,
         rollout.mask, rollout.terminated,
         kl_coef=state.kl_coef, kl_estimator=config.reward_kl,
         missing_eos_penalty=hyperparams.missing_eos_penalty, score_clip=hyperparams.score_clip,
@@ -97,4 +104,6 @@ def experience_of(
     experience = Experience(
         rollout, old_logprobs, scores.reference_logprobs, scores.values, advantages, returns
     )
-    return Trace(rollout, scores, rewards, bootstrap_values, raw_advantages, experience)
+    return Trace(
+        rollout, scores, sequence_scores, rewards, bootstrap_values, raw_advantages, experience
+    )

@@ -8,13 +8,18 @@ from jaxtyping import Float64, Int
 
 from .config import Hyperparams, IterationConfig
 from .derivatives import entropy_slope, logprob_slope, policy_loss_slope, value_loss_slope
-from .losses import clipped_policy_loss, clipped_value_loss
+from .losses import clipped_policy_loss, clipped_value_loss, is_clipped
 from .models.heads import Model, critic_backward, policy_backward
-from .ops.logprobs import token_logprobs
+from .ops.kl import is_clamped, k3
+from .ops.logprobs import entropy, token_logprobs
 from .ops.masked import masked_sum
 from .scoring import full_sequence, response_logits, slot_values
 from .tree import tree_leaves, tree_map
 from .types import Experience
+
+TERMS = ("actor_loss", "critic_loss", "entropy_bonus")
+COUNTERS = ("clamped_log_ratios",)
+COUNTS = ("tokens", "entropy", "approx_kl", "clip_fraction", *COUNTERS)
 
 FIRST_DECAY, SECOND_DECAY, EPSILON = 0.9, 0.999, 1e-8
 
@@ -51,12 +56,12 @@ class TrainState:
 
 
 class MinibatchGradients(NamedTuple):
-    """Gradients of one minibatch loss, and two of its terms."""
+    """Gradients of one minibatch loss, its terms, and sums over its valid tokens."""
 
     policy: dict
     critic: dict
-    actor_loss: float
-    critic_loss: float
+    terms: dict[str, float]
+    counts: dict[str, float]
 
 
 def update(
@@ -69,17 +74,27 @@ def update(
 ) -> tuple[TrainState, dict[str, float]]:
     """One optimizer step for every row of `order`; one without a token, or with a gradient that
     is not finite, is left out."""
-    applied = []
+    applied, norms = [], []
     for rows in order:
         gradients = minibatch_gradients(state, experience, rows, hyperparams, config=config)
-        norms = global_norm(gradients.policy), global_norm(gradients.critic)
-        if np.isfinite(norms).all() and experience.rollout.mask[rows].any():
-            state = _step(state, gradients, norms, hyperparams)
-            applied.append((gradients.actor_loss, gradients.critic_loss, *norms))
-    means = np.mean(applied, axis=0) if applied else np.zeros(4)
-    names = ("actor_loss", "critic_loss", "grad_norm_actor", "grad_norm_critic")
-    metrics = {name: float(mean) for name, mean in zip(names, means, strict=True)}
+        pair = global_norm(gradients.policy), global_norm(gradients.critic)
+        if np.isfinite(pair).all() and gradients.counts["tokens"]:
+            state = _step(state, gradients, pair, hyperparams)
+            applied.append(gradients)
+            norms.append(pair)
+    metrics = _means([step.terms for step in applied], len(applied))
+    totals = _means([step.counts for step in applied], 1)
+    tokens = totals.pop("tokens", 1)
+    metrics |= {name: x if name in COUNTERS else x / tokens for name, x in totals.items()}
+    names = ("grad_norm_actor", "grad_norm_critic")
+    metrics |= _means([dict(zip(names, pair, strict=True)) for pair in norms], len(norms))
     return state, metrics | {"skipped_minibatches": float(len(order) - len(applied))}
+
+
+def _means(numbers: list[dict[str, float]], count: int) -> dict[str, float]:
+    """The sum of each entry over `count`; nothing where there is no step."""
+    names = numbers[0] if numbers else ()
+    return {name: sum(x[name] for x in numbers) / count for name in names}
 
 
 def minibatch_gradients(
@@ -94,19 +109,59 @@ def minibatch_gradients(
     policy, critic = state.policy, state.critic
     weights = config.reduction(experience.rollout.mask[rows])
     totals = [tree_map(np.zeros_like, model.parameters) for model in (policy, critic)]
-    losses = [0.0, 0.0]
+    terms, counts = dict.fromkeys(TERMS, 0.0), dict.fromkeys(COUNTS, 0.0)
+    if config.loss_kl is not None:
+        terms["kl_loss"] = 0.0
     for b, weight in zip(rows.tolist(), weights, strict=True):
         place = full_sequence(experience.rollout, b)
-        dlogits, actor_loss = _logit_gradient(state, experience, b, weight, hyperparams, config)
+        logits = response_logits(state.policy, experience.rollout, b, hyperparams.temperature)
+        dlogits = _logit_gradient(state, experience, b, weight, logits, hyperparams, config)
         dvalues, critic_loss = _value_gradient(state, experience, b, weight, hyperparams)
+        terms["critic_loss"] += critic_loss
+        _count(terms, counts, experience, b, weight, logits, hyperparams, config)
         critic_part, dhidden = critic_backward(dvalues, critic, policy, *place)
         policy_part = policy_backward(dhidden, dlogits, policy, *place)
         totals = [
             tree_map(np.add, total, part)
             for total, part in zip(totals, (policy_part, critic_part), strict=True)
         ]
-        losses = [losses[0] + actor_loss, losses[1] + critic_loss]
-    return MinibatchGradients(*totals, *losses)
+    return MinibatchGradients(*totals, terms, counts)
+
+
+def _count(
+    terms: dict[str, float],
+    counts: dict[str, float],
+    experience: Experience,
+    b: int,
+    weight: Float64[np.ndarray, " T"],
+    logits: Float64[np.ndarray, "T V"],
+    hyperparams: Hyperparams,
+    config: IterationConfig,
+) -> None:
+    """Add what the valid tokens of sequence b say to the terms of the loss and the counts."""
+    rollout, clips = experience.rollout, _clips(hyperparams)
+    logprobs, entropies = token_logprobs(logits, rollout.tokens[b]), entropy(logits)
+    old, advantages = experience.old_logprobs[b], experience.advantages[b]
+    losses = clipped_policy_loss(
+        logprobs, old, advantages, **clips, dual_clip=hyperparams.dual_clip
+    )
+    clipped = is_clipped(logprobs, old, advantages, **clips)
+    steps, log_ratios = logprobs - old, logprobs - experience.reference_logprobs[b]
+    clamped, behind = is_clamped(steps) | is_clamped(log_ratios), k3(-steps)
+    for t in np.flatnonzero(rollout.mask[b]):
+        terms["actor_loss"] += weight[t] * losses[t]
+        terms["entropy_bonus"] += weight[t] * entropies[t]
+        if config.loss_kl is not None:
+            terms["kl_loss"] += weight[t] * config.loss_kl(log_ratios[t : t + 1])[0]
+        counts["tokens"] += 1
+        counts["entropy"] += entropies[t]
+        counts["approx_kl"] += behind[t]
+        counts["clip_fraction"] += clipped[t]
+        counts["clamped_log_ratios"] += clamped[t]
+
+
+def _clips(hyperparams: Hyperparams) -> dict[str, float]:
+    return {name: getattr(hyperparams, name) for name in ("clip_ratio_low", "clip_ratio_high")}
 
 
 def _logit_gradient(
@@ -114,22 +169,18 @@ def _logit_gradient(
     experience: Experience,
     b: int,
     weight: Float64[np.ndarray, " T"],
+    tempered: Float64[np.ndarray, "T V"],
     hyperparams: Hyperparams,
     config: IterationConfig,
-) -> tuple[Float64[np.ndarray, "S V"], float]:
-    """(gradient of the logits of sequence b, its weighted policy loss).
+) -> Float64[np.ndarray, "S V"]:
+    """Gradient of the logits of sequence b; `tempered` are those of its response.
 
     dL = w (dpolicy/dlogp + kl_coef dkl/dlogp) dlogp - w entropy_coef dH,  z = logits / temperature
     """
     rollout, start = experience.rollout, experience.rollout.prompt_tokens.shape[1] - 1
-    tempered = response_logits(state.policy, rollout, b, hyperparams.temperature)
     logprobs = token_logprobs(tempered, rollout.tokens[b])
     old, advantages = experience.old_logprobs[b], experience.advantages[b]
-    clips = {
-        name: getattr(hyperparams, name)
-        for name in ("clip_ratio_low", "clip_ratio_high", "dual_clip")
-    }
-    losses = clipped_policy_loss(logprobs, old, advantages, **clips)
+    clips = _clips(hyperparams) | {"dual_clip": hyperparams.dual_clip}
     gradient = np.zeros((start + 1 + len(tempered), tempered.shape[1]))
     for t in np.flatnonzero(rollout.mask[b]):
         slope = policy_loss_slope(logprobs[t], old[t], advantages[t], **clips)
@@ -141,7 +192,7 @@ def _logit_gradient(
         towards = slope * logprob_slope(probabilities, int(rollout.tokens[b, t]))
         towards -= hyperparams.entropy_coef * entropy_slope(probabilities)
         gradient[start + t] = weight[t] * towards / hyperparams.temperature
-    return gradient, masked_sum(weight * losses, rollout.mask[b])
+    return gradient
 
 
 def _value_gradient(

@@ -113,6 +113,7 @@ class Case:
         return reference.config.IterationConfig(
             generation=reference.config.GenerationConfig(**vars(self.config().generation)),
             reward_kl=self.reward_kl[1],
+            loss_kl=self.loss_kl[1],
             loss_kl_slope=self.loss_kl[2],
             reduction=self.reduction[1],
             **{name: x for name, x in self.iteration.items() if name not in steps},

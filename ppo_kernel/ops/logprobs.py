@@ -25,8 +25,8 @@ def token_logprobs(
         Nats, at least float32, never above 0; -inf for a banned token.
     """
     logits = _shifted(logits)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return chosen - jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
+    return jnp.squeeze(chosen, axis=-1) - jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
 
 
 def entropy(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:

@@ -118,10 +118,10 @@ def sample_tokens(
     weights = jnp.pad(weights, ((0, 0), (0, -vocabulary % block)))
     weights = weights.reshape(weights.shape[0], -1, block)
     which, total = _first_above(jnp.sum(weights, axis=-1), noise[:, 0])
-    inside = jnp.take_along_axis(weights, which[:, None, None], axis=1)[:, 0]
-    tokens = which * block + _first_above(inside, noise[:, 1])[0]
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - largest[:, 0] - jnp.log(total)
+    inside = jnp.take_along_axis(weights, which[:, None, None], axis=1)
+    tokens = which * block + _first_above(jnp.squeeze(inside, axis=1), noise[:, 1])[0]
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - largest
+    return tokens, jnp.squeeze(chosen, axis=-1) - jnp.log(total)
 
 
 def _first_above(

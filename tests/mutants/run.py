@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from hashlib import sha256
 from pathlib import Path
 
@@ -165,8 +166,12 @@ def fork_tests(tree: Path, file: str, function: str) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         names = [f"tests/{name}" for name in test_files(file)]
         plugin = Selection(CHECKS[file], function, tree / "by.txt", SECONDS_A_TEST)
-        options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", "."]
+        # The parent has imported Hypothesis before pytest could rewrite its assertions.
+        known = "ignore:Module already imported so cannot be rewritten"
+        options = ["-x", "-q", "-W", known, "-p", "no:cacheprovider", "--rootdir", "."]
         status = int(pytest.main([*options, *names], plugins=[plugin]))
+    except Exception:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(status)

@@ -1,5 +1,7 @@
 """Laws of log-probabilities and entropies beyond their twins."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +107,29 @@ def test_no_chunk_holds_more_than_its_share_of_logits():
         return max(sizes)
 
     assert [largest(c) for c in (None, 1, 5, 24)] == [24, 1, 5, 24]
+
+
+def test_there_are_no_more_chunks_than_tokens_ask_for():
+    def head(hidden):
+        return logprobs_from_hidden(
+            hidden, jnp.zeros(SHAPE, int), lambda rows: rows, temperature=1.0, chunk_size=5
+        )
+
+    assert re.search(
+        r"length=5\s", str(jax.make_jaxpr(head)(jnp.ones((*SHAPE, WIDTH))))
+    )  # 24 tokens
+
+
+def test_the_temperature_divides_logits_that_are_wide_already():
+    """Dividing in bfloat16 would round once more."""
+    logits_ = jnp.linspace(-9.0, 9.0, 7).astype(jnp.bfloat16)
+    hidden = jnp.ones((1, 7, 1), jnp.bfloat16)
+    tokens = jnp.arange(7)[None]
+    got, _ = logprobs_from_hidden(
+        hidden, tokens, lambda rows: rows * logits_[None], temperature=0.7, chunk_size=None
+    )
+    exact = jax.nn.log_softmax(logits_.astype(jnp.float32) / jnp.float32(0.7))
+    np.testing.assert_allclose(got[0], exact, *TOLERANCES["float32"])
 
 
 def test_refuses_an_empty_chunk():
