@@ -1,5 +1,6 @@
 """A decoder-only Transformer: one trunk for policies, critics and reward models."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import equinox as eqx
@@ -37,6 +38,10 @@ class TransformerConfig:
         tie_embeddings: the output matrix is the embedding.
         max_positions: what a saved folder says; nothing here depends on it.
         param_dtype, compute_dtype, cache_dtype: of parameters, activations and the KV cache.
+        remat: what a layer keeps for the backward pass, one of `jax.checkpoint_policies`. The
+            default keeps the projections and computes the rest again (norms, rotations, attention
+            weights, activations): less to write and read back. None keeps everything,
+            `nothing_saveable` only the layer's input.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -59,6 +64,7 @@ class TransformerConfig:
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     cache_dtype: str = "float32"
+    remat: Callable | None = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
     def __post_init__(self):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
@@ -200,6 +206,9 @@ class Transformer(eqx.Module):
             x = x + mixed
             return x + block.mlp(block.mlp_norm(x)), (keys, values)
 
+        if self.config.remat is not None:
+            # A scan keeps its iterations apart, so nothing is merged back by XLA.
+            apply = jax.checkpoint(apply, policy=self.config.remat, prevent_cse=False)
         x, cached = jax.lax.scan(apply, self._embed(tokens), self.blocks)
         return self.norm(x), cached
 

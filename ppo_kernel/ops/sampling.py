@@ -66,22 +66,49 @@ def restrict_logits(
     if top_k is not None:
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1 or None, got {top_k}.")
-        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits >= kth, logits, -jnp.inf)
+        logits = _keep_while(logits, jnp.ones_like(logits), jnp.asarray(top_k, logits.dtype))
     if top_p is not None:
-        ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-        mass = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(mass, axis=-1) - mass
+        mass = jax.nn.softmax(logits, axis=-1)
         bound = jnp.asarray(top_p).astype(mass.dtype)
-        # The running sum may round to 1 before the tail; a bound of 1 must keep the tail too.
-        kept = ((before < bound) | (bound >= 1.0)).at[:, 0].set(True)
-        smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits >= smallest, logits, -jnp.inf)
+        # The sum may round to 1 before the tail; a bound of 1 must keep the tail too.
+        logits = _keep_while(logits, mass, jnp.where(bound < 1.0, bound, jnp.inf))
     if min_p is not None:
         largest = jnp.max(logits, axis=-1, keepdims=True)
         floor = largest + jnp.log(jnp.asarray(min_p).astype(logits.dtype))
         logits = jnp.where(logits >= floor, logits, -jnp.inf)
     return logits
+
+
+def _keep_while(
+    logits: Float[Array, "B V"], weights: Float[Array, "B V"], bound: Float[Array, ""]
+) -> Float[Array, "B V"]:
+    """Keep a token where the more likely ones together weigh less than `bound`; ban the rest.
+
+    The least logit that is kept is found by bisection over the bits of a float, whose order is
+    that of integers: as many reads of the vocabulary as a float has bits, exact, and no sort.
+    """
+    ordered, bits = _as_integers(logits)
+
+    def halve(_, interval):
+        low, high = interval
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
+        above = jnp.sum(jnp.where(ordered > middle, weights, 0.0), axis=-1, keepdims=True)
+        kept = above < bound
+        return jnp.where(kept, low, middle), jnp.where(kept, middle, high)
+
+    high = jnp.max(ordered, axis=-1, keepdims=True)
+    low = jnp.full_like(high, jnp.iinfo(high.dtype).min)
+    _, least = jax.lax.fori_loop(0, bits, halve, (low, high))
+    return jnp.where(ordered >= least, logits, -jnp.inf)
+
+
+def _as_integers(x: Float[Array, "*shape"]) -> tuple[Int[Array, "*shape"], int]:
+    """(Integers in the order of the floats, their number of bits); -0 counts as 0."""
+    bits = x.dtype.itemsize * 8
+    integers = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.dtype(f"int{bits}"))
+    # All bits but the sign of a negative float grow downwards.
+    mirrored = integers ^ jnp.iinfo(integers.dtype).max
+    return jnp.where(integers < 0, mirrored, integers), bits
 
 
 def ban_tokens(

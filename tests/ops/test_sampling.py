@@ -123,6 +123,14 @@ def test_ties_at_a_threshold_are_all_kept():
         np.testing.assert_array_equal(kept, [[True, True, True, True, False]])
 
 
+@pytest.mark.parametrize("restriction", [{"top_k": 1}, {"top_p": 0.4}], ids=str)
+def test_zeros_of_either_sign_are_a_tie(restriction):
+    z = jnp.array([[-0.0, 0.0, -1.0]])
+    np.testing.assert_array_equal(
+        np.isfinite(restrict_logits(z, **restriction)), [[True, True, False]]
+    )
+
+
 @given(logits((4, 7)), st.sampled_from((0.0, 1e-6, 0.5)), st.sampled_from((1.0, 0.5, 0.0)))
 def test_the_most_likely_token_is_always_kept(z, top_p, min_p):
     z = jnp.asarray(z, jnp.float32)
