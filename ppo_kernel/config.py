@@ -187,7 +187,7 @@ class IterationConfig:
     whiten_advantages: bool = True
     bootstrap_truncated: bool = False
     recompute_old_logprobs: bool = False
-    logprob_chunk_size: int | None = None
+    logprob_chunk_size: int | None = 1024
 
     def __post_init__(self):
         for name in ("num_epochs", "num_minibatches", "microbatch_size", "logprob_chunk_size"):

@@ -177,7 +177,13 @@ def assert_near(got, want, name: str, relative: float = NORM_TOLERANCES["float64
         a, b = np.asarray(a), np.asarray(b)
         assert a.shape == b.shape, f"{name}: shape {a.shape}, not {b.shape}"
         off, size = np.linalg.norm(a - b), max(np.linalg.norm(b), floor)
-        assert off <= relative * size + 1e-14, f"{name}, {a.shape}: {off:.3g} of {size:.3g}"
+        if not off <= relative * size + 1e-14:
+            gaps = np.nan_to_num(np.abs(a - b), nan=np.inf)
+            worst = tuple(map(int, np.unravel_index(np.argmax(gaps), a.shape)))
+            raise AssertionError(
+                f"{name}, shape {a.shape}: off by {off:.3g} in norm, allowed {relative * size:.3g};"
+                f" most at {worst}: {float(a[worst])}, the reference {float(b[worst])}"
+            )
 
     assert len(tree_leaves(got)) == len(tree_leaves(want)), name
     tree_map(compare, got, want)

@@ -1,16 +1,13 @@
 """The laws of the iteration, each against the shipped code; `pytest -k law_N` runs law N.
 
-Law 5 is in test_advantages.py, 6 in test_law_6_enumeration.py, 7 in ops/test_logprobs.py, 9 in
-train/test_familiar_surface.py and 10 in test_oracle.py.
+Law 3 is in test_law_3_update.py, 5 in test_advantages.py, 6 in test_law_6_enumeration.py, 7 in
+ops/test_logprobs.py, 9 in train/test_familiar_surface.py and 10 in test_oracle.py.
 """
-
-from dataclasses import replace
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
 
@@ -20,9 +17,7 @@ from ppo_kernel.models.families import FAMILIES
 from ppo_kernel.ops.sampling import sampling_noise
 from ppo_kernel.rollout import generate
 from ppo_kernel.scoring import full_sequences, predicting_slots, response_logprobs
-from ppo_kernel.sharding import make_mesh, place
 from ppo_kernel.types import Prompts
-from ppo_kernel.update import Learner
 
 GENERATE = eqx.filter_jit(generate)
 SAMPLING = {
@@ -52,16 +47,6 @@ def _with_biases(model):
         model,
         biases,
     )
-
-
-def assert_trees_close(a, b, tolerance: float):
-    """Every leaf within `tolerance` of the leaf's norm."""
-    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            continue
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        worst = np.abs(x - y).max() / max(np.linalg.norm(y), 1e-30) if x.size else 0.0
-        assert worst <= tolerance, f"{jax.tree_util.keystr(path)} differs by {worst} of its norm"
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["rollout", "recomputed"])
@@ -128,95 +113,6 @@ def test_law_2_padding_pad_id_and_neighbours_change_nothing(name, float64):
     np.testing.assert_allclose(base.logprobs[2:3], single.logprobs, atol=1e-12)
 
 
-def _updated(batch, config, mesh=None):
-    hyperparams = Hyperparams(
-        learning_rate_actor=1e-2, learning_rate_critic=1e-2, entropy_coef=0.01
-    )
-    policy = tiny.language_model()
-    state = place(tiny.start(hyperparams, policy=policy), mesh, "parameter")
-    reference = tiny.language_model(seed=8)
-    inputs = (place(reference, mesh, "parameter"), place(batch, mesh, "batch"))
-    return tiny.one_step(state, *inputs, place(hyperparams, mesh, "parameter"), config, mesh=mesh)
-
-
-def test_law_3_microbatches_padding_and_batch_order_do_not_change_the_update(float64):
-    batch = tiny.prompts()
-    state, metrics = _updated(batch, tiny.iteration_config())
-    shuffled = jax.tree.map(lambda x: x[::-1], batch)
-    small_config = tiny.iteration_config(microbatch_size=1, logprob_chunk_size=3)
-    variants = {
-        "micro-batches of 2, another order": _updated(
-            shuffled, tiny.iteration_config(microbatch_size=2)
-        ),
-        "micro-batches of 1, more padding, chunks": _updated(tiny.prompts(width=6), small_config),
-    }
-    moved = jax.tree.map(lambda a, b: a - b, state.policy, tiny.language_model())
-    assert max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(moved)) > 1e-3
-    for other_state, other_metrics in variants.values():
-        assert_trees_close(other_state, state, 1e-9)
-        assert_trees_close(other_metrics, metrics, 1e-9)
-
-
-def test_law_3_one_device_and_eight_give_the_same_update(float64):
-    batch = tiny.prompts()
-    state, metrics = _updated(batch, tiny.iteration_config(num_minibatches=1))
-    sharded, sharded_metrics = _updated(
-        batch, tiny.iteration_config(num_minibatches=1), make_mesh(8)
-    )
-    assert_trees_close(sharded, state, 1e-9)
-    assert_trees_close(sharded_metrics, metrics, 1e-9)
-
-
-REPORTING = Learner(optax.trace(decay=0.0), optax.trace(decay=0.0))
-"""Its optimizers keep the last gradient as their state."""
-
-
-def _padded(collected):
-    """The same tokens with two more prompt slots and three more response slots."""
-    rollout, scores = collected.rollout, collected.scores
-
-    def pad(record, names, left, right):
-        widths = ((0, 0), (left, right))
-        return replace(record, **{name: jnp.pad(getattr(record, name), widths) for name in names})
-
-    rollout = pad(rollout, ("prompt_tokens", "prompt_mask"), 2, 0)
-    rollout = pad(rollout, ("tokens", "mask", "logprobs", "behaviour_logprobs"), 0, 3)
-    scores = pad(scores, ("reference_logprobs", "values"), 0, 3)
-    return replace(pad(collected, ("old_logprobs",), 0, 3), rollout=rollout, scores=scores)
-
-
-def _gradients(state, collected, hyperparams, config, mesh=None):
-    """Both models' gradients of one minibatch of fixed tokens, and the metrics."""
-    learn = compile_iteration(config=config, learner=REPORTING, mesh=mesh).learn
-    scores = tiny.even_tokens(collected.rollout)
-    state, hyperparams = (
-        place(jax.tree.map(jnp.copy, x), mesh, "parameter") for x in (state, hyperparams)
-    )
-    state, metrics = learn(state, *place((collected, scores), mesh, "batch"), hyperparams)
-    return (state.actor_optimizer_state, state.critic_optimizer_state), metrics
-
-
-def test_law_3_float32_gradients_on_fixed_tokens_do_not_change():
-    policy, hyperparams = tiny.language_model(), Hyperparams(entropy_coef=0.01)
-    config = tiny.iteration_config(num_epochs=1, num_minibatches=1)
-    state = REPORTING.init(policy, tiny.value_model(), jax.random.key(3), hyperparams)
-    collected = compile_iteration(config=config).collect(
-        state, tiny.language_model(seed=8), tiny.prompts(), hyperparams
-    )
-    gradients, metrics = _gradients(state, collected, hyperparams, config)
-    variants = (
-        (jax.tree.map(lambda x: x[::-1], collected), replace(config, microbatch_size=2), None),
-        (_padded(collected), replace(config, microbatch_size=8), make_mesh(8)),
-    )
-    for tokens, settings, mesh in variants:
-        others, other_metrics = _gradients(state, tokens, hyperparams, settings, mesh)
-        assert_trees_close(others, gradients, 1e-5)
-        for name in metrics:
-            np.testing.assert_allclose(
-                other_metrics[name], metrics[name], rtol=2e-4, atol=2e-5, err_msg=name
-            )
-
-
 @pytest.mark.parametrize("name", ["llama", "recurrent"])
 def test_law_4_a_completion_depends_on_its_own_coordinates_alone(name, float64):
     policy, batch, key = POLICIES[name](), tiny.prompts(), jax.random.key(1)
@@ -275,8 +171,8 @@ def test_law_8_collect_then_learn_is_the_single_program(float64):
     collected = compiled.collect(state, policy, batch, hyperparams)
     scores = tiny.even_tokens(collected.rollout)
     halves, halves_metrics = compiled.learn(state, collected, scores, hyperparams)
-    assert_trees_close(halves, whole, 1e-10)
-    assert_trees_close(halves_metrics, metrics, 1e-10)
+    tiny.assert_trees_close(halves, whole, 1e-10)
+    tiny.assert_trees_close(halves_metrics, metrics, 1e-10)
 
 
 def test_law_8_vmap_over_seeds_and_coefficients_is_a_loop(float64):
@@ -302,7 +198,7 @@ def test_law_8_vmap_over_seeds_and_coefficients_is_a_loop(float64):
     compiled = eqx.filter_jit(iteration)
     for index, (state, hyperparams) in enumerate(zip(states, swept, strict=True)):
         alone = compiled(state, hyperparams)
-        assert_trees_close(jax.tree.map(lambda x, i=index: x[i], together), alone, 1e-9)
+        tiny.assert_trees_close(jax.tree.map(lambda x, i=index: x[i], together), alone, 1e-9)
 
 
 def test_the_recurrent_policy_learns_in_the_whole_iteration(float64):

@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
@@ -130,3 +131,13 @@ class RecurrentCritic(eqx.Module):
 
     def __call__(self, tokens, mask):
         return self.body.hidden(tokens, mask) @ self.weight
+
+
+def assert_trees_close(a, b, tolerance: float):
+    """Every leaf within `tolerance` of the leaf's norm."""
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            continue
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        worst = np.abs(x - y).max() / max(np.linalg.norm(y), 1e-30) if x.size else 0.0
+        assert worst <= tolerance, f"{jax.tree_util.keystr(path)} differs by {worst} of its norm"

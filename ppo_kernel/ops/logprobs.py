@@ -66,15 +66,16 @@ def logprobs_from_hidden(
 
         z = unembed(h) / temperature;   log p(a) as in `token_logprobs`;   H as in `entropy`
 
-    With `chunk_size` the tokens pass the output head that many at a time, in the forward and
-    again in the backward pass, so the largest temporary is [chunk_size, V].
+    With `chunk_size` a few response slots of all sequences pass the output head at a time, in the
+    forward and again in the backward pass, so the largest temporary is [chunk_size, V]. Chunks cut
+    T and not B, which may be sharded over devices.
 
     Args:
         hidden: final hidden states at the positions that predict `tokens`.
         tokens: ids in [0, V).
         unembed: the output head, rows of hidden states to rows of logits.
         temperature: > 0, divides the logits.
-        chunk_size: tokens a chunk; None takes all at once.
+        chunk_size: tokens a chunk, at least one slot of every sequence; None takes all at once.
 
     Returns:
         (logprobs, entropies), nats, at least float32.
@@ -83,21 +84,28 @@ def logprobs_from_hidden(
         ValueError: `chunk_size` is below 1.
     """
 
-    def head(rows: Float[Array, "C D"], ids: Int[Array, " C"]):
-        logits = at_least_float32(unembed(rows))
+    def head(hidden: Float[Array, "B t D"], tokens: Int[Array, "B t"]):
+        logits = at_least_float32(unembed(hidden.reshape(-1, hidden.shape[-1])))
         logits = logits / jnp.asarray(temperature).astype(logits.dtype)
-        return token_logprobs(logits, ids), entropy(logits)
-
-    rows, ids = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
-    if chunk_size is None or chunk_size >= rows.shape[0]:
-        logprobs, entropies = head(rows, ids)
+        logprobs, entropies = token_logprobs(logits, tokens.reshape(-1)), entropy(logits)
         return logprobs.reshape(tokens.shape), entropies.reshape(tokens.shape)
+
+    if chunk_size is None:
+        return head(hidden, tokens)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token or None, got {chunk_size}.")
-    count = -(-rows.shape[0] // chunk_size)
-    padding = count * chunk_size - rows.shape[0]
-    rows = jnp.pad(rows, ((0, padding), (0, 0))).reshape(count, chunk_size, -1)
-    ids = jnp.pad(ids, (0, padding)).reshape(count, chunk_size)
-    chunks = jax.lax.map(lambda pair: jax.checkpoint(head)(*pair), (rows, ids))
-    logprobs, entropies = (x.reshape(-1)[: tokens.size] for x in chunks)
-    return logprobs.reshape(tokens.shape), entropies.reshape(tokens.shape)
+    batch, length = tokens.shape
+    slots = max(1, chunk_size // batch)
+    if slots >= length:
+        return head(hidden, tokens)
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, -length % slots)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, slots, *x.shape[2:]), 1, 0)
+
+    def join(x: Float[Array, "count B t"]) -> Float[Array, "B T"]:
+        return jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length]
+
+    pairs = (split(hidden), split(tokens))
+    logprobs, entropies = jax.lax.map(lambda pair: jax.checkpoint(head)(*pair), pairs)
+    return join(logprobs), join(entropies)

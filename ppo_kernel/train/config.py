@@ -83,7 +83,7 @@ class PPOConfig:
     whiten_advantages: bool = True
     bootstrap_truncated: bool = False
     recompute_old_logprobs: bool = False
-    logprob_chunk_size: int | None = None
+    logprob_chunk_size: int | None = 1024
     weight_decay: float = 0.0
 
     def __post_init__(self):

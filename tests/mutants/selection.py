@@ -36,14 +36,15 @@ CHECKS = {
         GRADIENTS,
         r"test_update\.py",
         r"test_oracle\.py::test_law_10_the_whole.*\[(shared-adaptive|grouped)\]",
-        r"test_edges\.py::test_(a_planted_nan|a_batch_without|overflowing|bfloat16)",
+        r"test_edges\.py::test_(a_planted_nan|a_batch_without|overflowing)",
+        r"test_edge_programs\.py::test_bfloat16",
     ),
     "rollout.py": (
         r"test_rollout_reference\.py",
         r"test_laws\.py::test_law_[24].*\[(tied|recurrent)\]",
         r"test_program\.py::test_generation_stops",
         r"test_laws\.py::test_law_1_unchanged_parameters_have_no_kl\[(all|plain)-rollout\]",
-        r"test_edges\.py::test_(an_eos|a_ban|a_pad_id|a_vocabulary_of_one)",
+        r"test_edge_programs\.py::test_(an_eos|a_ban|a_pad_id|a_vocabulary_of_one)",
     ),
     "scoring.py": (
         r"test_scoring\.py",

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 
 from ppo_kernel.ops.logprobs import entropy, logprobs_from_hidden, token_logprobs
+from ppo_kernel.sharding import make_mesh, place
 from ppo_kernel.testing import (
     TOLERANCES,
     logits,
@@ -106,18 +107,34 @@ def test_no_chunk_holds_more_than_its_share_of_logits():
         )  # fmt: skip
         return max(sizes)
 
-    assert [largest(c) for c in (None, 1, 5, 24)] == [24, 1, 5, 24]
+    # A slot of four sequences is the least.
+    assert [largest(c) for c in (None, 1, 5, 8, 23, 24)] == [24, 4, 4, 8, 20, 24]
 
 
 def test_there_are_no_more_chunks_than_tokens_ask_for():
     def head(hidden):
         return logprobs_from_hidden(
-            hidden, jnp.zeros(SHAPE, int), lambda rows: rows, temperature=1.0, chunk_size=5
+            hidden, jnp.zeros(SHAPE, int), lambda rows: rows, temperature=1.0, chunk_size=17
         )
 
     assert re.search(
-        r"length=5\s", str(jax.make_jaxpr(head)(jnp.ones((*SHAPE, WIDTH))))
+        r"length=2\s", str(jax.make_jaxpr(head)(jnp.ones((*SHAPE, WIDTH))))
     )  # 24 tokens
+
+
+def test_chunks_of_a_sharded_batch_stay_on_their_devices():
+    hidden, tokens = place((jnp.ones((8, 6, WIDTH)), jnp.zeros((8, 6), int)), make_mesh(8), "batch")
+    weight = jnp.ones((WIDTH, VOCABULARY))
+
+    def total(hidden):
+        logprobs, entropies = logprobs_from_hidden(
+            hidden, tokens, lambda rows: rows @ weight, temperature=1.0, chunk_size=16
+        )
+        return jnp.sum(logprobs + entropies)
+
+    program = jax.jit(jax.grad(total)).lower(hidden).compile().as_text()
+    for exchange in ("all-gather", "all-to-all", "collective-permute"):
+        assert exchange not in program
 
 
 def test_the_temperature_divides_logits_that_are_wide_already():

@@ -1,0 +1,56 @@
+"""What the tests of numerical edges share: settings, a policy that bans tokens, two judgments."""
+
+import chex
+import equinox as eqx
+import jax.numpy as jnp
+import tiny
+
+from ppo_kernel.config import Hyperparams
+from ppo_kernel.models import LanguageModel
+
+SETTINGS = {
+    "learning_rate_actor": 1e-2, "learning_rate_critic": 1e-2, "dual_clip": 3.0, "kl_coef": 0.1,
+    "entropy_coef": 0.01, "missing_eos_penalty": 1.0, "score_clip": 5.0,
+}  # fmt: skip
+STEPS = 4
+"""Optimizer steps of `tiny.iteration_config`: two epochs of two minibatches."""
+
+
+class BanningPolicy(eqx.Module):
+    """A policy that never writes some tokens: their logits are -inf."""
+
+    model: LanguageModel
+    banned: tuple[int, ...] = eqx.field(static=True, default=(4, 5, 6))
+
+    def hidden(self, tokens, mask):
+        return self.model.hidden(tokens, mask)
+
+    def unembed(self, hidden):
+        return self.model.unembed(hidden).at[:, jnp.array(self.banned)].set(-jnp.inf)
+
+    def prefill(self, tokens, mask, capacity):
+        return self.model.prefill(tokens, mask, capacity)
+
+    def decoder(self):
+        return self.model.decoder()
+
+
+def one_step(config, policy, batch, **settings):
+    hyperparams = Hyperparams(**(SETTINGS | settings))
+    state = tiny.start(hyperparams, policy=policy)
+    return tiny.one_step(state, policy, batch, hyperparams, config)
+
+
+def trained(state):
+    return (
+        state.policy, state.critic, state.actor_optimizer_state, state.critic_optimizer_state
+    )  # fmt: skip
+
+
+def assert_unchanged(after, before):
+    chex.assert_trees_all_equal(trained(after), trained(before))
+
+
+def assert_finite(state, metrics):
+    chex.assert_tree_all_finite(metrics)
+    chex.assert_tree_all_finite(trained(state))
