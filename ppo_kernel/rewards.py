@@ -39,7 +39,7 @@ def token_rewards(
     Returns:
         Rewards [B, T], at least float32, 0 where `mask` is false.
     """
-    scores, log_ratios = at_least_float32(scores), at_least_float32(log_ratios)
+    log_ratios = at_least_float32(log_ratios)
     dtype = wider_type(scores.dtype, log_ratios.dtype)
     scores = scores.astype(dtype)
     if score_clip is not None:

@@ -201,10 +201,11 @@ def _gradients(models, static, minibatch, hyperparams, kl_coef, *, config, learn
         gradients, sums = jax.grad(loss, has_aux=True)(models, pin(part))
         return _wide(gradients), sums
 
-    parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (minibatch, weights))
+    whole = (minibatch, weights)
+    if len(weights) == size:
+        return backward(whole)
+    parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), whole)
     first = jax.tree.map(lambda x: x[0], parts)
-    if weights.shape[0] == size:
-        return backward(first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(backward, first))
     total, _ = jax.lax.scan(
         lambda total, part: (jax.tree.map(jnp.add, total, backward(part)), None), zeros, parts

@@ -35,9 +35,9 @@ class BanningPolicy(eqx.Module):
         return self.model.decoder()
 
 
-def one_step(config, policy, batch, **settings):
+def one_step(config, policy, batch, critic=None, **settings):
     hyperparams = Hyperparams(**(SETTINGS | settings))
-    state = tiny.start(hyperparams, policy=policy)
+    state = tiny.start(hyperparams, policy=policy, critic=critic)
     return tiny.one_step(state, policy, batch, hyperparams, config)
 
 

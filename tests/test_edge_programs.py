@@ -110,16 +110,16 @@ def test_a_constant_reward_has_no_advantage_and_no_noise():
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_bfloat16_computes_what_float32_does_to_its_rounding(param_dtype):
-    narrow = tiny.language_model(
-        param_dtype=param_dtype, compute_dtype="bfloat16", cache_dtype="bfloat16"
-    )
+    types = {"param_dtype": param_dtype, "compute_dtype": "bfloat16", "cache_dtype": "bfloat16"}
+    narrow, critic = tiny.language_model(**types), tiny.value_model(**types)
     wide = _in_float32(narrow)
     config = tiny.iteration_config(recompute_old_logprobs=True)
-    state, metrics = one_step(config, narrow, tiny.prompts())
+    state, metrics = one_step(config, narrow, tiny.prompts(), critic)
     assert_finite(state, metrics)
     assert metrics["skipped_minibatches"] == 0
     assert state.policy.output.dtype == param_dtype
-    for x in (*metrics.values(), *jax.tree.leaves(state.actor_optimizer_state.mu)):
+    moments = state.actor_optimizer_state.mu, state.critic_optimizer_state.mu
+    for x in (*metrics.values(), *jax.tree.leaves(moments)):
         assert x.dtype == jnp.float32
     unchanged = tiny.start(Hyperparams(), policy=narrow)
     collected = jax.jit(lambda s: collect(s, narrow, tiny.prompts(), Hyperparams(), config=config))(

@@ -87,7 +87,9 @@ def test_a_planted_nan_is_counted_and_trains_nothing(name):
     planted = eqx.tree_at(where, inputs(), replace_fn=lambda x: x.at[(0,) * x.ndim].set(NAN))
     after, metrics = run(*planted)
     assert metrics[counter] >= 1, metrics
+    planted_parameters = 1 if name in ("policy", "critic") else 0
     if counter != "nonfinite_parameters":
+        assert metrics["nonfinite_parameters"] == planted_parameters
         assert metrics["skipped_minibatches"] == STEPS
         assert_unchanged(after, planted[0])
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from ppo_kernel.advantages import gae
-from ppo_kernel.ops.kl import k1
+from ppo_kernel.ops.kl import k1, k2
 from ppo_kernel.ops.logprobs import token_logprobs
 from ppo_kernel.ops.masked import masked_sum, whiten
 from ppo_kernel.rewards import adaptive_kl_coef, last_valid, token_rewards
@@ -50,6 +50,22 @@ def test_the_penalty_of_a_missing_eos_is_not_clipped_and_spares_ended_and_empty_
         missing_eos_penalty=5.0, score_clip=2.0, **PLAIN,
     )  # fmt: skip
     np.testing.assert_array_equal(rewards, [[0, 2], [0, -3], [0, 0]])
+
+
+def test_a_truncated_response_costs_nothing_unless_one_asks_for_it():
+    mask = jnp.ones((1, 2), bool)
+    rewards = token_rewards(jnp.ones(1), jnp.zeros((1, 2)), mask, jnp.array([False]), **PLAIN)
+    np.testing.assert_array_equal(rewards, [[0.0, 1.0]])
+
+
+def test_the_penalty_is_computed_wide():
+    """The square of a bfloat16 number has twice its digits."""
+    log_ratios = jnp.array([[1.0078125]], jnp.bfloat16)
+    rewards = token_rewards(
+        jnp.zeros(1, jnp.bfloat16), log_ratios, jnp.ones((1, 1), bool), jnp.array([True]),
+        kl_coef=1.0, kl_estimator=k2,
+    )  # fmt: skip
+    np.testing.assert_array_equal(rewards, [[-(1.0078125**2) / 2]])
 
 
 @given(repadded_responses(SHAPE, VOCABULARY), reals((*SHAPE, VOCABULARY), 2), reals(SHAPE))

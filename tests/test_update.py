@@ -209,6 +209,12 @@ def test_sizes_that_do_not_divide_are_refused(float64, settings_, message):
         run(state, experience, jax.random.key(KEY), hyperparams)
 
 
+def test_a_run_starts_at_iteration_0_with_the_given_coefficient(float64):
+    state, _, hyperparams = draw(0)
+    assert int(state.iteration) == 0
+    assert float(state.kl_coef) == float(hyperparams.kl_coef) == HYPERPARAMS["kl_coef"]
+
+
 @given(seed=seeds)
 def test_every_epoch_is_another_permutation_and_follows_the_samples(seed):
     rng = np.random.default_rng(seed)

@@ -144,9 +144,10 @@ def sample_tokens(
     weights = jnp.exp(logits - largest)
     weights = jnp.pad(weights, ((0, 0), (0, -vocabulary % block)))
     weights = weights.reshape(weights.shape[0], -1, block)
-    which, total = _first_above(jnp.sum(weights, axis=-1), noise[:, 0])
+    for_block, for_token = jnp.unstack(noise, axis=1)
+    which, total = _first_above(jnp.sum(weights, axis=-1), for_block)
     inside = jnp.take_along_axis(weights, which[:, None, None], axis=1)
-    tokens = which * block + _first_above(jnp.squeeze(inside, axis=1), noise[:, 1])[0]
+    tokens = which * block + _first_above(jnp.squeeze(inside, axis=1), for_token)[0]
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - largest
     return tokens, jnp.squeeze(chosen, axis=-1) - jnp.log(total)
 
@@ -162,6 +163,7 @@ def _first_above(
     """
     running = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
     total = jnp.max(running, axis=-1)
-    threshold = jnp.minimum(uniform.astype(total.dtype) * total, jnp.nextafter(total, 0.0 * total))
+    below = jnp.nextafter(total, jnp.full_like(total, -jnp.inf))
+    threshold = jnp.minimum(uniform.astype(total.dtype) * total, below)
     above = running > threshold[:, None]
     return jnp.argmax(above, axis=-1).astype(jnp.int32), total
