@@ -50,6 +50,7 @@ def rollout_metrics(
         "return_mean": masked_mean(returns, mask),
         "response_length": jnp.mean(rollout.lengths.astype(float_type)),
         "truncated_fraction": jnp.mean((~rollout.terminated).astype(float_type)),
+        "empty_prompts": jnp.sum(~jnp.any(rollout.prompt_mask, axis=1)).astype(float_type),
         "empty_responses": jnp.sum(~kept).astype(float_type),
         "clamped_rollout_log_ratios": masked_sum(is_clamped(log_ratios).astype(float_type), mask),
     }

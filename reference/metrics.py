@@ -33,6 +33,7 @@ def rollout_metrics(
         "return_mean": _mean(target),
         "response_length": float(np.mean(rollout.lengths)),
         "truncated_fraction": float(np.mean(~rollout.terminated)),
+        "empty_prompts": float(sum(not row.any() for row in rollout.prompt_mask)),
         "empty_responses": float(len(rollout.mask) - len(kept)),
         "clamped_rollout_log_ratios": float(
             sum(is_clamped(log_ratios[b : b + 1, t])[0] for b, t in places)

@@ -165,6 +165,20 @@ def test_a_batch_without_a_token_trains_nothing_and_is_counted():
     assert_unchanged(after, before)
 
 
+def test_a_prompt_without_a_token_is_counted_and_changes_no_other():
+    state, reference, prompts, *others = inputs()
+    emptied = eqx.tree_at(lambda p: p.mask, prompts, prompts.mask.at[2].set(False))
+    _, metrics = run(state, reference, emptied, *others)
+    assert metrics["empty_prompts"] == 1
+    assert all(np.isfinite(x) for x in metrics.values()), metrics
+    rows = np.arange(8) != 2
+    sample = jax.jit(
+        lambda p: collect(state, reference, p, others[0], config=tiny.iteration_config()).rollout
+    )
+    for got, want in zip(*(jax.tree.leaves(sample(p)) for p in (emptied, prompts)), strict=True):
+        np.testing.assert_array_equal(got[rows], want[rows])
+
+
 def test_rows_without_a_token_change_nothing_for_the_others():
     """Whatever stands in their masked places, NaN included."""
 
