@@ -44,3 +44,10 @@ def float64():
     """The test runs with 64-bit types switched on."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_are_freed():
+    """Each holds memory mappings, and a process may have some 65,000: the whole suite has more."""
+    yield
+    jax.clear_caches()
