@@ -4,16 +4,20 @@ from functools import cache
 
 import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import tiny
 from hypothesis import Phase, given, settings
 from oracle import assert_near, model_to_reference, to_reference
 
 import reference.config
 import reference.rollout
 from ppo_kernel.config import GenerationConfig
+from ppo_kernel.ops.logprobs import token_logprobs
 from ppo_kernel.rollout import generate
+from ppo_kernel.scoring import full_sequences
 
 TRUNK = {"num_layers": 1, "tie_embeddings": True}
 CASES = {
@@ -90,3 +94,19 @@ def test_the_temperature_is_1_where_none_is_given(float64):
         for s in ({}, {"temperature": 1.0})
     )
     np.testing.assert_array_equal(plain.logprobs, tempered.logprobs)
+
+
+def test_bfloat16_logits_are_divided_by_the_temperature_in_float32():
+    """To 2e-3: a fused program may keep more digits of a logit than bfloat16 has."""
+    policy = tiny.language_model(compute_dtype="bfloat16", cache_dtype="bfloat16")
+    policy = jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy)
+    config = GenerationConfig(max_new_tokens=1)
+    rollout = jax.jit(lambda: generate(
+        policy, tiny.prompts(), jax.random.key(0), config=config, temperature=0.7
+    ))()  # fmt: skip
+    tokens, mask = full_sequences(rollout)
+    last = policy.hidden(tokens[:, :-1], mask[:, :-1])[:, -1]
+    logits = policy.unembed(last)
+    assert logits.dtype == jnp.bfloat16
+    expected = token_logprobs(logits.astype(jnp.float32) / 0.7, rollout.tokens[:, 0])
+    np.testing.assert_allclose(rollout.logprobs[:, 0], expected, rtol=0, atol=2e-3)
