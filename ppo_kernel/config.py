@@ -120,6 +120,9 @@ class GenerationConfig:
         min_new_tokens: EOS is banned before this many tokens.
         top_k: sampling keeps the k most likely tokens; None keeps all.
         samples_per_prompt: G, responses that share one prefill.
+        decode_slots: C, sequences that are decoded at a time (over all devices); one that has
+            ended gives its slot to the next of the batch. None decodes the whole batch in step.
+            It decides speed and memory, never the result.
 
     Raises:
         ValueError: a count is out of its range.
@@ -131,6 +134,7 @@ class GenerationConfig:
     min_new_tokens: int = 0
     top_k: int | None = None
     samples_per_prompt: int = 1
+    decode_slots: int | None = None
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -145,6 +149,12 @@ class GenerationConfig:
         if self.samples_per_prompt < 1:
             raise ValueError(
                 f"samples_per_prompt must be at least 1, got {self.samples_per_prompt}."
+            )
+        slots, samples = self.decode_slots, self.samples_per_prompt
+        if slots is not None and (slots < 1 or slots % samples):
+            raise ValueError(
+                f"decode_slots must be a multiple of samples_per_prompt={samples} of at least 1, "
+                f"or None for the whole batch; got {slots}."
             )
         if any(i < 0 for i in (*self.eos_token_ids, self.pad_token_id)):
             raise ValueError(

@@ -19,7 +19,7 @@ from .ops.masked import at_least_float32, whiten, wider_type
 from .rewards import adaptive_kl_coef, token_rewards
 from .rollout import generate
 from .scoring import full_sequences, response_logprobs, score
-from .sharding import pin_batch, pin_parameters
+from .sharding import batch_shards, pin_batch, pin_parameters
 from .types import AdvantageEstimator, Experience, Metrics, Prompts, RewardFn, Rollout, Scores
 from .update import Learner, TrainState, update
 
@@ -66,7 +66,7 @@ def collect(
         generate(
             state.policy, pin(prompts), rollout_key,
             config=config.generation, temperature=hyperparams.temperature,
-            top_p=hyperparams.top_p, min_p=hyperparams.min_p,
+            top_p=hyperparams.top_p, min_p=hyperparams.min_p, queues=batch_shards(mesh),
         )
     )  # fmt: skip
     settings = {"temperature": hyperparams.temperature, "chunk_size": config.logprob_chunk_size}

@@ -1,19 +1,16 @@
 """Stage 1: prompts -> rollout. A batched prefill, then a compiled decode-and-sample loop."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from .config import GenerationConfig
+from .continuous import Draw, Drawn, Read, Written, blank, decode_queue
 from .models.base import Cache, Decoder, Policy
 from .ops.logprobs import token_logprobs
-from .ops.masked import at_least_float32, wider_type
+from .ops.masked import at_least_float32
 from .ops.sampling import ban_tokens, restrict_logits, sample_tokens, sampling_noise
 from .types import Prompts, Rollout, Scalar
-
-_Drawn = tuple[Int[Array, " B"], Float[Array, " B"], Float[Array, " B"]]
 
 
 def generate(
@@ -26,6 +23,7 @@ def generate(
     top_p: Scalar | None = None,
     min_p: Scalar | None = None,
     noise: Float[Array, "B T 2"] | None = None,
+    queues: int = 1,
 ) -> Rollout:
     """Sample responses from the policy.
 
@@ -33,24 +31,27 @@ def generate(
         a_t ~ softmax(restrict(z_t)),   logprob_t = log softmax(z_t)[a_t]
 
     Prompts are read once each, then their cache is repeated for the samples. The loop stops as
-    soon as every sequence has ended. Sequence n * G + g is sample g of prompt n, with sample id
-    `prompts.sample_ids[n] * G + g`; its noise depends on the key, that id and t alone.
+    soon as every sequence has ended. With `config.decode_slots` fewer sequences than B are decoded
+    at a time, and the next one takes the place of one that has ended. Sequence n * G + g is sample
+    g of prompt n, with sample id `prompts.sample_ids[n] * G + g`; its noise depends on the key,
+    that id and t alone.
 
     Args:
         policy: see `models.base.Policy`.
         prompts: left-padded; a prompt without any valid slot is not meaningful.
         key: consumed; the caller folds the iteration into it.
-        config: lengths, EOS ids, top-k, samples per prompt.
+        config: lengths, EOS ids, top-k, samples per prompt, slots.
         temperature: > 0.
         top_p, min_p: see `restrict_logits`; they restrict sampling only.
         noise: uniforms in [0, 1) to use instead of those of `key` (as an oracle does).
+        queues: equal parts of the batch that share no decode slots: the devices of its mesh axis.
 
     Returns:
         A `Rollout` of B = N * G sequences and T = `config.max_new_tokens` response slots.
 
     Raises:
         ValueError: `noise` has another shape than [B, T, 2], an EOS id is outside the vocabulary,
-            or `min_new_tokens` bans all of it.
+            `min_new_tokens` bans all of it, or slots and prompts do not divide over the queues.
     """
     samples, length = config.samples_per_prompt, config.max_new_tokens
     rows, width = prompts.tokens.shape[0] * samples, prompts.tokens.shape[1]
@@ -61,15 +62,19 @@ def generate(
     if noise.shape != (rows, length, 2):
         raise ValueError(f"noise must have shape {(rows, length, 2)}, got {noise.shape}.")
 
-    hidden, cache = policy.prefill(prompts.tokens, prompts.mask, width + length - 1)
-    hidden, cache = (_repeat(x, samples) for x in (hidden, cache))
+    def read(tokens: Int[Array, "n P"], mask: Bool[Array, "n P"]):
+        return _repeat(policy.prefill(tokens, mask, width + length - 1), samples)
 
-    def draw(hidden: Float[Array, "B D"], t: Int[Array, ""]) -> _Drawn:
+    def draw(hidden: Float[Array, "X D"], noise: Float[Array, "X 2"], t: Int[Array, "*X"]) -> Drawn:
         logits = at_least_float32(policy.unembed(hidden))
         logits = logits / jnp.asarray(temperature).astype(logits.dtype)
-        return _sample(logits, noise[:, t], t, config=config, top_p=top_p, min_p=min_p)
+        return _sample(logits, noise, t, config=config, top_p=top_p, min_p=min_p)
 
-    written, done = _decode(draw, policy.decoder(), hidden, cache, config)
+    parts = (read, draw, policy.decoder(), prompts, noise)
+    if config.decode_slots is None or config.decode_slots >= rows:
+        written = _decode(*parts, config=config)
+    else:
+        written = decode_queue(*parts, config=config, queues=queues)
     tokens, mask, logprobs, behaviour_logprobs = written
     return Rollout(
         prompt_tokens=_repeat(prompts.tokens, samples),
@@ -78,7 +83,7 @@ def generate(
         tokens=tokens,
         mask=mask,
         lengths=jnp.sum(mask, axis=1, dtype=jnp.int32),
-        terminated=done,
+        terminated=jnp.any(mask & _is_eos(tokens, config.eos_token_ids), axis=1),
         logprobs=logprobs,
         behaviour_logprobs=behaviour_logprobs,
     )
@@ -87,46 +92,47 @@ def generate(
 def _sample(
     logits: Float[Array, "B V"],
     noise: Float[Array, "B 2"],
-    t: Int[Array, ""],
+    t: Int[Array, "*B"],
     *,
     config: GenerationConfig,
     top_p: Scalar | None,
     min_p: Scalar | None,
-) -> _Drawn:
-    """Tokens, their log-probabilities under the policy, and under what was sampled from."""
+) -> Drawn:
+    """What was drawn; `t` is that of all rows, or of each."""
     _check_vocabulary(config, logits.shape[-1])
     allowed = logits
     if config.eos_token_ids and config.min_new_tokens:
         allowed = ban_tokens(allowed, config.eos_token_ids, t < config.min_new_tokens)
     allowed = restrict_logits(allowed, top_k=config.top_k, top_p=top_p, min_p=min_p)
     tokens, behaviour = sample_tokens(allowed, noise)
-    if allowed is logits:
-        return tokens, behaviour, behaviour
-    return tokens, token_logprobs(logits, tokens), behaviour
+    logprobs = behaviour if allowed is logits else token_logprobs(logits, tokens)
+    return tokens, logprobs, behaviour, _is_eos(tokens, config.eos_token_ids)
 
 
 def _decode(
-    draw: Callable[..., _Drawn],
+    read: Read,
+    draw: Draw,
     step: Decoder,
-    hidden: Float[Array, "B D"],
-    cache: Cache,
+    prompts: Prompts,
+    noise: Float[Array, "B T 2"],
+    *,
     config: GenerationConfig,
-) -> tuple[tuple[Array, ...], Bool[Array, " B"]]:
-    """Draw and step until every row has ended: (tokens, mask, both log-probabilities), ended.
+) -> Written:
+    """Draw and step the whole batch until every row has ended.
 
     The first token comes from the prefill, and the last one is never read.
     """
-    rows, length = hidden.shape[0], config.max_new_tokens
+    rows, length, _ = noise.shape
 
     def write(hidden, t, done, written):
-        tokens, logprobs, behaviour = draw(hidden, t)
+        tokens, logprobs, behaviour, is_eos = draw(hidden, noise[:, t], t)
         entry = (tokens, ~done, logprobs, behaviour)
-        blank = (config.pad_token_id, False, 0.0, 0.0)
+        empties = (config.pad_token_id, False, 0.0, 0.0)
         written = tuple(
             buffer.at[:, t].set(jnp.where(done, jnp.asarray(empty, buffer.dtype), value))
-            for buffer, value, empty in zip(written, entry, blank, strict=True)
+            for buffer, value, empty in zip(written, entry, empties, strict=True)
         )
-        return tokens, done | _is_eos(tokens, config.eos_token_ids), written
+        return tokens, done | is_eos, written
 
     def one_token(carry):
         t, tokens, cache, done, written = carry
@@ -138,18 +144,12 @@ def _decode(
         t, _, _, done, _ = carry
         return (t < length) & ~jnp.all(done)
 
-    float_type = wider_type(hidden.dtype, jnp.float32)
-    written = (
-        jnp.full((rows, length), config.pad_token_id, jnp.int32),
-        jnp.zeros((rows, length), bool),
-        jnp.zeros((rows, length), float_type),
-        jnp.zeros((rows, length), float_type),
-    )
+    hidden, cache = read(prompts.tokens, prompts.mask)
+    written = blank((rows, length), hidden.dtype, config.pad_token_id)
     first = write(hidden, jnp.zeros((), jnp.int32), jnp.zeros(rows, bool), written)
     tokens, done, written = first
     start = (jnp.ones((), jnp.int32), tokens, cache, done, written)
-    _, _, _, done, written = jax.lax.while_loop(unfinished, one_token, start)
-    return written, done
+    return jax.lax.while_loop(unfinished, one_token, start)[-1]
 
 
 def _repeat(cache: Cache, samples: int) -> Cache:
@@ -172,7 +172,7 @@ def _check_vocabulary(config: GenerationConfig, size: int) -> None:
         )
 
 
-def _is_eos(tokens: Int[Array, " B"], eos_token_ids: tuple[int, ...]) -> Bool[Array, " B"]:
+def _is_eos(tokens: Int[Array, "*shape"], eos_token_ids: tuple[int, ...]) -> Bool[Array, "*shape"]:
     ended = jnp.zeros(tokens.shape, bool)
     for token_id in eos_token_ids:
         ended = ended | (tokens == token_id)

@@ -83,6 +83,12 @@ def pin_parameters(mesh: Mesh | None) -> Pin:
     return pin
 
 
+def batch_shards(mesh: Mesh | None) -> int:
+    """Into how many parts the mesh splits a batch; 1 without a mesh."""
+    axis = MESH_AXES["batch"]
+    return 1 if mesh is None or axis is None else mesh.shape[axis]
+
+
 def place(tree: PyTree, mesh: Mesh | None, logical_axis: str) -> PyTree:
     """Outside a program: put the arrays of a tree on the mesh, leading axis by the table.
 

@@ -110,8 +110,10 @@ class Case:
 
     def reference_config(self):
         steps = ("num_epochs", "num_minibatches", "microbatch_size", "logprob_chunk_size")
+        generation = vars(self.config().generation).copy()
+        del generation["decode_slots"]  # it decides speed, never the result
         return reference.config.IterationConfig(
-            generation=reference.config.GenerationConfig(**vars(self.config().generation)),
+            generation=reference.config.GenerationConfig(**generation),
             reward_kl=self.reward_kl[1],
             loss_kl=self.loss_kl[1],
             loss_kl_slope=self.loss_kl[2],

@@ -12,7 +12,13 @@ Cache: TypeAlias = PyTree[Array]
 """What a policy remembers between tokens.
 
 The leading axis of every leaf is the batch (a rank-0 leaf is shared by the rows), so that the
-rollout can repeat it for the samples of a prompt, whatever is inside.
+rollout can repeat it for the samples of a prompt, or put one prompt's row in the place of
+another's, whatever is inside.
+
+With `decode_slots` rows are replaced while the others go on: a row of a fresh prefill goes into
+every leaf with a batch axis, and rank-0 leaves stay those of the running cache, so what they say
+must hold for old and new rows alike. More steps than `capacity` - P are then taken in all, though
+no row takes more: see the ring of `KVCache`.
 """
 
 

@@ -1,5 +1,7 @@
 """Keys and values of the tokens read so far."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,13 @@ from jaxtyping import Array, Bool, Float, Int
 class KVCache(eqx.Module):
     """One pair of buffers a layer, filled slot by slot; the same slot for every row.
 
+    The slots after the prompt are a ring: the last one is followed by the first of them. A row
+    that keeps within the capacity never meets its own tokens there, and attention does not mind
+    where in the ring they begin.
+
     `keys[l]` and `values[l]` are separate arrays, so that a decode step writes each in place.
     `mask` says which slots hold a token, `positions` is the position of each row's next token,
-    `slot` the index of the next free slot.
+    `slot` the index of the next free slot, `prompt_width` the first one of the ring.
     """
 
     keys: tuple[Float[Array, "B K S E"], ...]
@@ -19,6 +25,7 @@ class KVCache(eqx.Module):
     mask: Bool[Array, "B S"]
     positions: Int[Array, " B"]
     slot: Int[Array, ""]
+    prompt_width: int = eqx.field(static=True)
 
     @classmethod
     def from_prefill(
@@ -51,19 +58,24 @@ class KVCache(eqx.Module):
             mask=jnp.pad(mask, ((0, 0), (0, capacity - length))),
             positions=jnp.sum(mask, axis=1, dtype=jnp.int32),
             slot=jnp.asarray(length, jnp.int32),
+            prompt_width=length,
         )
 
     def open_slot(self) -> "KVCache":
         """The cache with its next slot marked as holding a token."""
         opened = jnp.ones((self.mask.shape[0], 1), bool)
         mask = jax.lax.dynamic_update_slice_in_dim(self.mask, opened, self.slot, axis=1)
-        return KVCache(self.keys, self.values, mask, self.positions, self.slot)
+        return replace(self, mask=mask)
 
     def close_slot(
         self, keys: list[Float[Array, "B K S E"]], values: list[Float[Array, "B K S E"]]
     ) -> "KVCache":
         """The cache after every layer has written its slot."""
-        return KVCache(tuple(keys), tuple(values), self.mask, self.positions + 1, self.slot + 1)
+        last = self.slot == self.mask.shape[1] - 1
+        return replace(
+            self, keys=tuple(keys), values=tuple(values), positions=self.positions + 1,
+            slot=jnp.where(last, self.prompt_width, self.slot + 1),
+        )  # fmt: skip
 
 
 def write_slot(

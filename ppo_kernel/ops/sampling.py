@@ -112,11 +112,15 @@ def _as_integers(x: Float[Array, "*shape"]) -> tuple[Int[Array, "*shape"], int]:
 
 
 def ban_tokens(
-    logits: Float[Array, "B V"], token_ids: tuple[int, ...], where: Bool[Array, ""]
+    logits: Float[Array, "B V"], token_ids: tuple[int, ...], where: Bool[Array, "*rows"]
 ) -> Float[Array, "B V"]:
-    """Set the logits of `token_ids` to -inf if `where`; the EOS ban of minimum-new-tokens."""
-    banned = jnp.zeros(logits.shape[-1], bool).at[jnp.array(token_ids, int)].set(True)
-    return jnp.where(jnp.broadcast_to(banned & where, logits.shape), -jnp.inf, logits)
+    """Set the logits of `token_ids` to -inf if `where`; the EOS ban of minimum-new-tokens.
+
+    `where` is one flag for all rows, or one a row.
+    """
+    banned = jnp.zeros((1, logits.shape[-1]), bool).at[:, jnp.array(token_ids, int)].set(True)
+    banned = jnp.broadcast_to(banned & where.reshape(-1, 1), logits.shape)
+    return jnp.where(banned, -jnp.inf, logits)
 
 
 def sample_tokens(

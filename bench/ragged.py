@@ -1,0 +1,137 @@
+"""Responses of different lengths, in fixed batches and continuously: `python -m bench.ragged`.
+
+Four prompts for every slot; each token ends its response with probability 4 / T, so lengths are
+geometric with mean T / 4, cut at T.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppo_kernel.continuous import refill_size
+from ppo_kernel.models import LanguageModel
+from ppo_kernel.rollout import generate
+from ppo_kernel.types import Prompts
+
+from .cases import Case, build
+from .sizes import parse_size
+
+EOS, TURNS = 1, 4
+
+
+class Ending(eqx.Module):
+    """A policy like `model`, but each token is EOS with the same probability."""
+
+    model: LanguageModel
+    probability: float = eqx.field(static=True)
+
+    def hidden(self, tokens, mask):
+        return self.model.hidden(tokens, mask)
+
+    def unembed(self, hidden):
+        """The EOS logit set to log sum exp of the others + log(p / (1 - p))."""
+        logits = self.model.unembed(hidden)
+        others = jax.nn.logsumexp(logits.at[:, EOS].set(-jnp.inf), axis=-1)
+        odds = math.log(self.probability / (1 - self.probability))
+        return logits.at[:, EOS].set(others + odds)
+
+    def prefill(self, tokens, mask, capacity):
+        return self.model.prefill(tokens, mask, capacity)
+
+    def decoder(self):
+        return self.model.decoder()
+
+
+def main() -> None:
+    """Parse the flags, measure, print one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="tiny", help="a size, then changes: tiny,response=256")
+    parser.add_argument("--dtype", default="float32", help="of parameters, activations and cache")
+    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    print(json.dumps(run(parser.parse_args())))
+
+
+def run(flags: argparse.Namespace) -> dict:
+    """Both programs in turns on the same prompts; medians of `rounds`."""
+    size = replace(parse_size(flags.shape), batch=TURNS * flags.slots)
+    case = build(size, flags.dtype)
+    policy = Ending(case.state.policy, 4 / size.response)
+    batches = [
+        jax.tree.map(lambda x, at=at: x[at : at + flags.slots], case.prompts)
+        for at in range(0, size.batch, flags.slots)
+    ]
+    fixed, fixed_s = _compiled(case, policy, batches[0])
+    continuous, continuous_s = _compiled(case, policy, case.prompts, decode_slots=flags.slots)
+    lengths = np.concatenate([fixed(policy, batch).lengths for batch in batches])
+    same = np.array_equal(lengths, continuous(policy, case.prompts).lengths)
+    seconds = {"fixed": [], "continuous": []}
+    for _ in range(flags.rounds):
+        seconds["fixed"].append(_seconds(lambda: [fixed(policy, batch) for batch in batches]))
+        seconds["continuous"].append(_seconds(lambda: continuous(policy, case.prompts)))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    steps = {
+        "fixed": int(lengths.reshape(TURNS, -1).max(axis=1).sum()) - TURNS,
+        "continuous": decode_steps(lengths, flags.slots, refill_size(flags.slots, 1)),
+        "no_waiting": decode_steps(lengths, flags.slots, 1),
+    }
+    return {
+        "shape": flags.shape, "slots": flags.slots, "dtype": flags.dtype,
+        "sequences": size.batch, "mean_length": round(float(lengths.mean()), 2),
+        "same_lengths": bool(same),
+        "median_s": {name: round(median, 6) for name, median in medians.items()},
+        "tokens_per_s": {name: round(lengths.sum() / x, 1) for name, x in medians.items()},
+        "ratio": round(medians["fixed"] / medians["continuous"], 3),
+        "decode_steps": steps,
+        "ratio_of_steps": round(steps["fixed"] / steps["continuous"], 3),
+        "compile_s": {"fixed": round(fixed_s, 2), "continuous": round(continuous_s, 2)},
+        "device": jax.devices()[0].device_kind,
+    }  # fmt: skip
+
+
+def decode_steps(lengths: np.ndarray, slots: int, refill: int) -> int:
+    """Steps of a loop that refills as soon as `refill` slots, or all that wait, have room.
+
+    Args:
+        lengths: of the responses, in the order in which they are taken.
+        slots: decoded at a time.
+        refill: sequences; 1 is list scheduling (Graham 1969), the least for this order.
+    """
+    waiting, running, steps = list(lengths), np.zeros(slots, int), 0
+    while waiting or running.any():
+        idle = np.flatnonzero(running == 0)
+        if waiting and len(idle) >= min(refill, len(waiting)):
+            # The first token comes from the prefill.
+            for slot in idle[:refill]:
+                running[slot] = (waiting.pop(0) - 1) if waiting else 0
+            continue
+        running, steps = np.maximum(running - 1, 0), steps + 1
+    return steps
+
+
+def _compiled(case: Case, policy: Ending, prompts: Prompts, **changes):
+    """(The rollout of a policy and prompts of this shape, seconds of compiling it)."""
+    config = replace(case.config.generation, eos_token_ids=(EOS,), **changes)
+    sample = eqx.filter_jit(lambda *inputs: generate(*inputs, jax.random.key(0), config=config))
+    start = time.perf_counter()
+    compiled = sample.lower(policy, prompts).compile()
+    return compiled, time.perf_counter() - start
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
