@@ -62,7 +62,7 @@ def test_it_traces_once_whatever_the_coefficients():
     assert int(state.iteration) == 4
 
 
-def _decode_loop(text: str) -> str:
+def decode_loop(text: str) -> str:
     """The body of the decode loop: the largest computation that some `while` runs."""
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
     computations = {
@@ -73,13 +73,13 @@ def _decode_loop(text: str) -> str:
     return max((computations[name] for name in bodies), key=len)
 
 
-def test_the_decode_loop_copies_neither_weights_nor_cache():
+def test_thedecode_loop_copies_neither_weights_nor_cache():
     policy = tiny.language_model(hidden_size=64, intermediate_size=96, head_dim=16)
     config = GenerationConfig(max_new_tokens=40, eos_token_ids=(1,))
     lowered = eqx.filter_jit(generate).lower(
         policy, tiny.prompts(), jax.random.key(0), config=config
     )
-    body = _decode_loop(lowered.compile().compiled.as_text())
+    body = decode_loop(lowered.compile().compiled.as_text())
     cache = "[8,2,43,16]"
     assert cache in body, "the body holds the cache"
     smallest_matrix = 64 * 32
@@ -112,6 +112,7 @@ STEPS: list[int] = []
 
 
 def test_generation_stops_when_every_sequence_has_ended():
+    STEPS.clear()
     policy = CountingPolicy(jax.random.key(0))
     config = GenerationConfig(max_new_tokens=200, eos_token_ids=(1, 2, 3))
     rollout = eqx.filter_jit(generate)(policy, tiny.prompts(), jax.random.key(0), config=config)

@@ -36,6 +36,7 @@ class PPOConfig:
         max_seq_len: bound on prompt + response tokens.
         max_new_tokens: response tokens; None takes what the prompt leaves of `max_seq_len`.
         min_new_tokens, samples_per_prompt, temperature, top_k, top_p, min_p: sampling.
+        decode_slots: sequences decoded at a time, over all devices; see `GenerationConfig`.
         entropy_coeff, value_coeff, max_grad_norm: see `Hyperparams`; the norm is clipped for
             actor and critic each.
         missing_eos_penalty, score_clip: see `Hyperparams`.
@@ -75,6 +76,7 @@ class PPOConfig:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    decode_slots: int | None = None
     entropy_coeff: float = 0.0
     value_coeff: float = 1.0
     max_grad_norm: float | None = 1.0
@@ -164,6 +166,7 @@ class PPOConfig:
             min_new_tokens=self.min_new_tokens,
             top_k=self.top_k,
             samples_per_prompt=self.samples_per_prompt,
+            decode_slots=self.decode_slots,
         )
 
     def iteration(self, generation: GenerationConfig, num_devices: int = 1) -> IterationConfig:
@@ -220,5 +223,5 @@ _RANGES = {
 
 _COUNTS = (
     "num_ppo_epochs", "train_batch_size", "num_minibatches", "per_device_batch_size",
-    "samples_per_prompt", "max_seq_len", "max_new_tokens", "top_k",
+    "samples_per_prompt", "max_seq_len", "max_new_tokens", "top_k", "decode_slots",
 )  # fmt: skip

@@ -166,3 +166,5 @@ def test_ban_removes_exactly_the_given_ids():
     banned = ban_tokens(z, (1, 4), jnp.array(True))
     np.testing.assert_array_equal(np.isfinite(banned), [[True, False, True, True, False]] * 2)
     np.testing.assert_array_equal(ban_tokens(z, (1, 4), jnp.array(False)), z)
+    one_row = ban_tokens(z, (1, 4), jnp.array([False, True]))
+    np.testing.assert_array_equal(one_row, jnp.stack([z[0], banned[1]]))
