@@ -25,10 +25,8 @@ Drawn: TypeAlias = tuple[
 Draw: TypeAlias = Callable[..., Drawn]
 """(hidden [B, D], noise [B, 2], t [B] or rank 0) -> what was drawn as token t of each row."""
 
-Written: TypeAlias = tuple[
-    Int[Array, "*rows T"], Bool[Array, "*rows T"], Float[Array, "*rows T"], Float[Array, "*rows T"]
-]
-"""Tokens, mask and both log-probabilities of responses."""
+Written: TypeAlias = tuple[Array, ...]
+"""Tokens, mask and both log-probabilities of responses, [..., T] each."""
 
 _REFILLS = 8
 """Slots over those of a refill: fewer refills keep more slots waiting, more read few prompts."""
@@ -173,14 +171,14 @@ class _Queue:
             if not running.ndim:
                 return running
             queues = len(taking)
-            return _merge(_put(_split(running, queues), slots, _split(new, queues)))
+            return _merge(_put(_split(running, queues), _split(new, queues), slots))
 
         return _Slots(
             cache=jax.tree.map(replaced, state.cache, fresh),
-            tokens=_put(state.tokens, slots, tokens),
-            sequences=_put(state.sequences, slots, sequences),
-            t=_put(state.t, slots, first + 1),
-            active=_put(state.active, slots, active),
+            tokens=_put(state.tokens, tokens, slots),
+            sequences=_put(state.sequences, sequences, slots),
+            t=_put(state.t, first + 1, slots),
+            active=_put(state.active, active, slots),
             taken=state.taken + taking,
             written=written,
         )
@@ -196,16 +194,22 @@ class _Queue:
         )  # fmt: skip
 
     def runs(self, state: _Slots) -> Bool[Array, ""]:
-        """Whether to go on decoding: no queue has room for a refill, and some slot is active."""
-        waiting = jnp.minimum(self.tokens.shape[1] - state.taken, self.chunk)
-        refill = (waiting > 0) & (self._room(state) == waiting)
+        """Whether to go on decoding: some slot is active, and no queue has room for a refill.
+
+        Where one has it, the others take what they have room for, since their devices wait anyway.
+        """
+        wanted = self._wanted(state)
+        refill = (wanted > 0) & (self._room(state) == wanted)
         return jnp.any(state.active) & ~jnp.any(refill)
+
+    def _wanted(self, state: _Slots) -> Int[Array, " Q"]:
+        """Prompts that a refill of each queue would take if there were room."""
+        return jnp.minimum(self.tokens.shape[1] - state.taken, self.chunk)
 
     def _room(self, state: _Slots) -> Int[Array, " Q"]:
         """Prompts that a refill takes from each queue now."""
         free = jnp.sum(~state.active, axis=1, dtype=jnp.int32) // self.config.samples_per_prompt
-        waiting = jnp.minimum(self.tokens.shape[1] - state.taken, self.chunk)
-        return jnp.minimum(free, waiting)
+        return jnp.minimum(free, self._wanted(state))
 
     def _write(
         self,
@@ -222,12 +226,7 @@ class _Queue:
         tokens, logprobs, behaviour = drawn
         target = jnp.where(active, sequences, rows + jnp.arange(t.shape[1], dtype=t.dtype)[None])
         entry = (tokens, active, logprobs, behaviour)
-        written = tuple(
-            jax.vmap(lambda b, i, j, v: b.at[i, j].set(v, mode="drop", unique_indices=True))(
-                buffer, target, t, value
-            )
-            for buffer, value in zip(written, entry, strict=True)
-        )
+        written = tuple(_put(x, value, target, t) for x, value in zip(written, entry, strict=True))
         return tokens, active & ~is_eos & (t + 1 < length), written
 
 
@@ -244,8 +243,7 @@ def _take(x: Array, *indices: Int[Array, "Q X"]) -> Array:
     return jax.vmap(lambda x, *i: x.at[i].get(mode="clip"))(x, *indices)
 
 
-def _put(x: Array, indices: Int[Array, "Q X"], values: Array) -> Array:
-    """`x` with values[q, j] at x[q, indices[q, j]]; an index outside is left out."""
-    return jax.vmap(lambda x, i, v: x.at[i].set(v, mode="drop", unique_indices=True))(
-        x, indices, values
-    )
+def _put(x: Array, values: Array, *indices: Int[Array, "Q X"]) -> Array:
+    """`x` with values[q, j] at x[q, i, ...] for the indices [q, j]; one outside is left out."""
+    put = jax.vmap(lambda x, v, *i: x.at[i].set(v, mode="drop", unique_indices=True))
+    return put(x, values, *indices)

@@ -65,7 +65,9 @@ def generate(
     def read(tokens: Int[Array, "n P"], mask: Bool[Array, "n P"]):
         return _repeat(policy.prefill(tokens, mask, width + length - 1), samples)
 
-    def draw(hidden: Float[Array, "X D"], noise: Float[Array, "X 2"], t: Int[Array, "*X"]) -> Drawn:
+    def draw(
+        hidden: Float[Array, "X D"], noise: Float[Array, "X 2"], t: Int[Array, "*rows"]
+    ) -> Drawn:
         logits = at_least_float32(policy.unembed(hidden))
         logits = logits / jnp.asarray(temperature).astype(logits.dtype)
         return _sample(logits, noise, t, config=config, top_p=top_p, min_p=min_p)
@@ -92,7 +94,7 @@ def generate(
 def _sample(
     logits: Float[Array, "B V"],
     noise: Float[Array, "B 2"],
-    t: Int[Array, "*B"],
+    t: Int[Array, "*rows"],
     *,
     config: GenerationConfig,
     top_p: Scalar | None,

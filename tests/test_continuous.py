@@ -16,10 +16,10 @@ from ppo_kernel.models import kv_cache
 from ppo_kernel.rollout import generate
 from ppo_kernel.sharding import make_mesh, place
 
-GENERATE = eqx.filter_jit(generate)
+GENERATE, KEY = eqx.filter_jit(generate), jax.random.key(0)
 POLICIES = {
     "transformer": lambda: tiny.language_model(qk_norm=True),
-    "recurrent": lambda: tiny.RecurrentPolicy(jax.random.key(0)),
+    "recurrent": lambda: tiny.RecurrentPolicy(KEY),
 }
 LENGTHS = (3, 1, 4, 2, 4, 3, 2, 1, 1, 2, 3, 4, 4, 1, 2, 3, 3, 3, 1, 2, 4)
 """Of 21 ragged prompts."""
@@ -48,9 +48,9 @@ def both(policy, batch, settings, slots, traced, **queues):
     """Rollouts of the whole batch in step, and through the slots."""
     settings = {"eos_token_ids": (tiny.EOS,)} | settings
     return (
-        GENERATE(policy, batch, jax.random.key(0), config=GenerationConfig(**settings), **traced),
+        GENERATE(policy, batch, KEY, config=GenerationConfig(**settings), **traced),
         GENERATE(
-            policy, batch, jax.random.key(0),
+            policy, batch, KEY,
             config=GenerationConfig(**settings, decode_slots=slots), **traced, **queues,
         ),
     )  # fmt: skip
@@ -78,6 +78,19 @@ def test_queues_change_nothing(queues, float64):
     settings, policy = {"max_new_tokens": 9, "samples_per_prompt": 2}, tiny.language_model()
     expected, rollout = both(policy, tiny.prompts(LENGTHS[:20]), settings, 8, {}, queues=queues)
     assert_same(rollout, expected)
+
+
+def test_each_of_a_batch_of_keys_is_as_alone(float64):
+    """Under vmap the rollouts share the loops, and refill at different times."""
+    policy, batch, keys = POLICIES["recurrent"](), tiny.prompts(LENGTHS), jax.random.split(KEY, 3)
+    config = GenerationConfig(max_new_tokens=9, eos_token_ids=(1, 2, 3), decode_slots=17)
+    together = eqx.filter_jit(
+        eqx.filter_vmap(lambda key: generate(policy, batch, key, config=config))
+    )
+    rollouts = together(keys)
+    for index, key in enumerate(keys):
+        alone = GENERATE(policy, batch, key, config=config)
+        assert_same(jax.tree.map(lambda x, i=index: x[i], rollouts), alone)
 
 
 def test_the_ring_is_needed(float64, monkeypatch):
@@ -112,8 +125,8 @@ def test_every_sequence_is_decoded_once_and_no_slot_waits(slots, refill):
     assert refill_size(slots, 1) == refill
     STEPS.clear()
     config = GenerationConfig(max_new_tokens=30, eos_token_ids=(1, 2, 3), decode_slots=slots)
-    policy, batch = CountingPolicy(jax.random.key(0)), tiny.prompts(LENGTHS)
-    rollout = GENERATE(policy, batch, jax.random.key(0), config=config)
+    policy, batch = CountingPolicy(KEY), tiny.prompts(LENGTHS)
+    rollout = GENERATE(policy, batch, KEY, config=config)
     jax.effects_barrier()
     assert len(set(rollout.lengths.tolist())) > 3
     expected = decode_steps(rollout.lengths.tolist(), slots, refill)
@@ -137,7 +150,7 @@ def test_an_iteration_is_the_same_with_slots(float64):
 def test_the_loop_copies_no_cache():
     policy = tiny.language_model(hidden_size=64, intermediate_size=96, head_dim=16)
     config = GenerationConfig(max_new_tokens=40, eos_token_ids=(1,), decode_slots=6)
-    lowered = GENERATE.lower(policy, tiny.prompts(), jax.random.key(0), config=config)
+    lowered = GENERATE.lower(policy, tiny.prompts(), KEY, config=config)
     text = lowered.compile().compiled.as_text()
     cache = "[6,2,43,16]"
     decode = decode_loop(text)
@@ -182,7 +195,7 @@ def test_slots_that_do_not_divide_are_refused():
         GenerationConfig(max_new_tokens=2, decode_slots=0)
     with pytest.raises(ValueError, match=r"multiple of samples_per_prompt=2.*got 3"):
         GenerationConfig(max_new_tokens=2, samples_per_prompt=2, decode_slots=3)
-    policy, key = tiny.language_model(), jax.random.key(0)
+    policy, key = tiny.language_model(), KEY
     config = tiny.generation(samples_per_prompt=2, decode_slots=6)
     with pytest.raises(ValueError, match=r"decode_slots=6 must be a multiple of .*=2 \* 2 queues"):
         generate(policy, tiny.prompts(), key, config=config, queues=2)
