@@ -28,7 +28,7 @@ Draw: TypeAlias = Callable[..., Drawn]
 Written: TypeAlias = tuple[Array, ...]
 """Tokens, mask and both log-probabilities of responses, [..., T] each."""
 
-_REFILLS = 8
+_REFILLS = 4
 """Slots over those of a refill: fewer refills keep more slots waiting, more read few prompts."""
 
 

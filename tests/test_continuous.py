@@ -28,10 +28,10 @@ CASES = {
     "few-slots": ({"max_new_tokens": 12}, 2, {}),
     "one-slot": ({"max_new_tokens": 3, "eos_token_ids": (1, 5, 7)}, 1, {}),
     # A refill takes two prompts, and the last one only the one that is left.
-    "refill-of-two": ({"max_new_tokens": 9, "eos_token_ids": (1, 2, 3, 4)}, 17, {}),
+    "refill-of-two": ({"max_new_tokens": 9, "eos_token_ids": (1, 2, 3, 4)}, 10, {}),
     "samples": ({"max_new_tokens": 7, "samples_per_prompt": 3}, 6, {}),
     "samples-refill-of-two": (
-        {"max_new_tokens": 8, "samples_per_prompt": 2, "eos_token_ids": (1, 8, 9)}, 34, {},
+        {"max_new_tokens": 8, "samples_per_prompt": 2, "eos_token_ids": (1, 8, 9)}, 18, {},
     ),
     "one-token": ({"max_new_tokens": 1}, 4, {}),
     "no-eos": ({"max_new_tokens": 5, "eos_token_ids": ()}, 4, {}),
@@ -120,7 +120,7 @@ def decode_steps(lengths, slots, refill):
     return steps
 
 
-@pytest.mark.parametrize(("slots", "refill"), [(1, 1), (5, 1), (17, 2)])
+@pytest.mark.parametrize(("slots", "refill"), [(1, 1), (5, 1), (10, 2)])
 def test_every_sequence_is_decoded_once_and_no_slot_waits(slots, refill):
     assert refill_size(slots, 1) == refill
     STEPS.clear()
