@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import equinox as eqx
 import jax
 
-from ppo_kernel.iteration import collect, learn, ppo_iteration
+from ppo_kernel.iteration import collect, compiler_options, learn, ppo_iteration
 from ppo_kernel.rollout import generate
 from ppo_kernel.scoring import score
 from ppo_kernel.sharding import pin_parameters
@@ -42,7 +42,8 @@ def prepare(name: str, case: Case) -> Stage:
 
 def _compiled(function: Callable, *arguments, donate: str = "none"):
     start = time.perf_counter()
-    compiled = eqx.filter_jit(function, donate=donate).lower(*arguments).compile()
+    jit = eqx.filter_jit(function, donate=donate, compiler_options=compiler_options())
+    compiled = jit.lower(*arguments).compile()
     seconds = time.perf_counter() - start
     facts = {"compile_s": round(seconds, 2), "temporary_mb": memory_mb(compiled.compiled)}
     return compiled, facts

@@ -6,6 +6,7 @@ batch of them can be vmapped; where one may be None, None switches its term off 
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -182,9 +183,12 @@ class IterationConfig:
         recompute_old_logprobs: by a teacher-forced pass, instead of the rollout's own (matters
             where the cached and the full forward differ in rounding, as in bfloat16).
         logprob_chunk_size: tokens that pass the output head at a time; None for all.
+        response_widths: numbers of response slots, ascending, that the update is compiled for
+            besides T. A minibatch is sorted by length, and each micro-batch takes the narrowest
+            that holds its longest response. They decide speed, never the result.
 
     Raises:
-        ValueError: a count is out of its range.
+        ValueError: a count is out of its range, or widths are not ascending.
     """
 
     generation: GenerationConfig
@@ -198,9 +202,16 @@ class IterationConfig:
     bootstrap_truncated: bool = False
     recompute_old_logprobs: bool = False
     logprob_chunk_size: int | None = 1024
+    response_widths: tuple[int, ...] = ()
 
     def __post_init__(self):
         for name in ("num_epochs", "num_minibatches", "microbatch_size", "logprob_chunk_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        widths = (0, *self.response_widths)
+        if any(narrow >= wide for narrow, wide in pairwise(widths)):
+            raise ValueError(
+                "response_widths must be numbers of at least 1 in ascending order, got "
+                f"{self.response_widths}."
+            )

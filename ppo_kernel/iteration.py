@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
@@ -210,8 +211,10 @@ def compile_iteration(
     second = parts | {"learner": learner, "advantage_estimator": advantage_estimator}
     pin_state = pin_parameters(mesh)
 
+    jit = partial(eqx.filter_jit, compiler_options=compiler_options(mesh))
+
     # Equinox donates every argument but the first.
-    @eqx.filter_jit(donate="all-except-first")
+    @jit(donate="all-except-first")
     def step(inputs, state):
         reference, prompts, hyperparams, reward = inputs
         state, metrics = ppo_iteration(
@@ -219,11 +222,11 @@ def compile_iteration(
         )
         return pin_state(state), metrics
 
-    @eqx.filter_jit
+    @jit
     def first_half(state, reference, prompts, hyperparams):
         return collect(state, reference, prompts, hyperparams, **parts)
 
-    @eqx.filter_jit(donate="all-except-first")
+    @jit(donate="all-except-first")
     def second_half(inputs, state):
         state, metrics = learn(state, *inputs, **second)
         return pin_state(state), metrics
@@ -234,6 +237,28 @@ def compile_iteration(
         learn=lambda state, *inputs: second_half(inputs, state),
         lower=lambda state, *inputs: step.lower(inputs, state).lowered,
     )
+
+
+def compiler_options(mesh: Mesh | None = None) -> dict[str, bool] | None:
+    """What `compile_iteration` asks of XLA, for `jax.jit(..., compiler_options=...)`.
+
+    On CPUs it saves memory, 17 % of all for a model of 0.5 B parameters. By default XLA copies the
+    moments, because the new parameters read the old ones too, and orders independent operations
+    for concurrency, so that more arrays are alive at a time.
+
+    Args:
+        mesh: whose devices the program is for; None for the default device.
+
+    Returns:
+        Names and values of XLA's options, or None for its defaults.
+    """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if platform != "cpu":
+        return None
+    return {
+        "xla_cpu_copy_insertion_use_region_analysis": True,
+        "xla_cpu_enable_concurrency_optimized_scheduler": False,
+    }
 
 
 def _keys(state: TrainState) -> tuple[Key[Array, ""], Key[Array, ""]]:

@@ -191,15 +191,28 @@ def update(
 
 def _gradients(models, static, minibatch, hyperparams, kl_coef, *, config, learner, size, pin):
     """Gradient of the minibatch loss and sums for the metrics, over its micro-batches."""
+    if config.response_widths:
+        # Neighbours of about one length share a micro-batch, so that it can be cut to their own.
+        order = jnp.argsort(minibatch.rollout.lengths)
+        minibatch = jax.tree.map(lambda x: x[order], minibatch)
     weights = config.reduction(minibatch.rollout.mask)
 
     def loss(models, part: tuple[Experience, Float[Array, "m T"]]):
         policy, critic = eqx.combine(models, static)
         return _loss(policy, critic, *part, hyperparams, kl_coef, config=config, learner=learner)
 
-    def backward(part):
+    def whole_width(part):
         gradients, sums = jax.grad(loss, has_aux=True)(models, pin(part))
         return _wide(gradients), sums
+
+    def backward(part):
+        widths = [w for w in config.response_widths if w < weights.shape[1]]
+        branches = [lambda part, w=w: whole_width(_trimmed(part, w)) for w in widths]
+        if not branches:
+            return whole_width(part)
+        longest = jnp.max(part[0].rollout.lengths)
+        index = jnp.sum(longest > jnp.array(widths, longest.dtype), dtype=jnp.int32)
+        return jax.lax.switch(index, [*branches, whole_width], part)
 
     whole = (minibatch, weights)
     if len(weights) == size:
@@ -211,6 +224,16 @@ def _gradients(models, static, minibatch, hyperparams, kl_coef, *, config, learn
         lambda total, part: (jax.tree.map(jnp.add, total, backward(part)), None), zeros, parts
     )
     return total
+
+
+def _trimmed(part: tuple[Experience, Float[Array, "m T"]], width: int):
+    """`part` without its response slots from `width` on."""
+    cut = jax.tree.map(lambda x: x[:, :width] if x.ndim == 2 else x, part)
+
+    def prompts(part):
+        return part[0].rollout.prompt_tokens, part[0].rollout.prompt_mask
+
+    return eqx.tree_at(prompts, cut, prompts(part))
 
 
 def _loss(policy, critic, part: Experience, weights, hyperparams, kl_coef, *, config, learner):
@@ -229,7 +252,7 @@ def _loss(policy, critic, part: Experience, weights, hyperparams, kl_coef, *, co
         return jnp.where(mask, x, 0.0).astype(logprobs.dtype)
 
     weights, logprobs, old_logprobs = clean(weights), clean(logprobs), clean(part.old_logprobs)
-    advantages, values, entropies = clean(part.advantages), clean(values), clean(entropies)
+    advantages, values = clean(part.advantages), clean(values)
     clip = {
         "clip_ratio_low": hyperparams.clip_ratio_low,
         "clip_ratio_high": hyperparams.clip_ratio_high,
@@ -300,7 +323,7 @@ def _apply(models, optimizer_states, gradients, sums, hyperparams, learner):
     sums["grad_norm_actor"], sums["grad_norm_critic"] = (
         jnp.where(applied, norm, 0.0) for norm in norms
     )
-    sums["applied"] = applied.astype(norms[0].dtype)
+    sums["applied"] = jnp.where(applied, jnp.ones_like(sums["tokens"]), 0.0)
     return (stepped, states), sums
 
 

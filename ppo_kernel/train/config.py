@@ -86,6 +86,7 @@ class PPOConfig:
     bootstrap_truncated: bool = False
     recompute_old_logprobs: bool = False
     logprob_chunk_size: int | None = 1024
+    response_widths: tuple[int, ...] = ()
     weight_decay: float = 0.0
 
     def __post_init__(self):
@@ -195,6 +196,7 @@ class PPOConfig:
             bootstrap_truncated=self.bootstrap_truncated,
             recompute_old_logprobs=self.recompute_old_logprobs,
             logprob_chunk_size=self.logprob_chunk_size,
+            response_widths=self.response_widths,
         )
 
     def learner(self) -> Learner:
