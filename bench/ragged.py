@@ -1,7 +1,8 @@
-"""Responses of different lengths, in fixed batches and continuously: `python -m bench.ragged`.
+"""Responses of different lengths: `python -m bench.ragged --stage rollout`, or `learn`.
 
-Four prompts for every slot; each token ends its response with probability 4 / T, so lengths are
-geometric with mean T / 4, cut at T.
+Each token ends its response with probability 4 / T, so lengths are geometric with mean T / 4, cut
+at T. `rollout`: four prompts for every slot, in fixed batches and continuously. `learn`: the update
+of such a batch, cut to `response_widths`, beside that of a batch of full responses.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from ppo_kernel.types import Prompts
 
 from .cases import Case, build
 from .sizes import parse_size
+from .stages import learning
 
 EOS, TURNS = 1, 4
 
@@ -55,13 +57,48 @@ def main() -> None:
     """Parse the flags, measure, print one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="tiny", help="a size, then changes: tiny,response=256")
+    parser.add_argument("--stage", default="rollout", choices=("rollout", "learn"))
     parser.add_argument("--dtype", default="float32", help="of parameters, activations and cache")
-    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--slots", type=int, default=32, help="of the rollout")
+    parser.add_argument("--microbatch", type=int, default=2, help="sequences, where lengths differ")
     parser.add_argument("--rounds", type=int, default=5)
-    print(json.dumps(run(parser.parse_args())))
+    flags = parser.parse_args()
+    print(json.dumps(run_rollout(flags) if flags.stage == "rollout" else run_learn(flags)))
 
 
-def run(flags: argparse.Namespace) -> dict:
+def run_learn(flags: argparse.Namespace) -> dict:
+    """Stages 3 to 5 with full responses, then with ragged ones, in turns; medians of `rounds`."""
+    size = parse_size(flags.shape)
+    full, ragged = build(size, flags.dtype), build(size, flags.dtype)
+    length = size.response
+    drawn = np.random.default_rng(0).geometric(4 / length, size.batch)
+    widths = tuple(length // n for n in (8, 4, 2) if length >= n)
+    config = replace(ragged.config, microbatch_size=flags.microbatch, response_widths=widths)
+    stages = {
+        "full": learning(full),
+        "ragged": learning(replace(ragged, config=config), np.minimum(drawn, length)),
+    }
+    seconds = {name: [] for name in stages}
+    for stage in stages.values():
+        _seconds(stage.run)
+    for _ in range(flags.rounds):
+        for name, stage in stages.items():
+            seconds[name].append(_seconds(stage.run))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    tokens = size.batch * (size.prompt + length)
+    return {
+        "shape": flags.shape, "microbatch": flags.microbatch, "response_widths": widths,
+        "median_s": {name: round(median, 6) for name, median in medians.items()},
+        "ratio": round(medians["ragged"] / medians["full"], 3),
+        "share_of_tokens": round(
+            float(np.minimum(drawn, length).sum() + size.batch * size.prompt) / tokens, 3
+        ),
+        "compile_s": {name: stage.compile_s for name, stage in stages.items()},
+        "device": jax.devices()[0].device_kind,
+    }  # fmt: skip
+
+
+def run_rollout(flags: argparse.Namespace) -> dict:
     """Both programs in turns on the same prompts; medians of `rounds`."""
     size = replace(parse_size(flags.shape), batch=TURNS * flags.slots)
     case = build(size, flags.dtype)

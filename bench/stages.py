@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from ppo_kernel.iteration import collect, compiler_options, learn, ppo_iteration
 from ppo_kernel.rollout import generate
@@ -98,11 +100,20 @@ def _collect(case: Case) -> Stage:
     return _stateless(run, case.state, case.reference, case.prompts, case.hyperparams)
 
 
-def _learn(case: Case) -> Stage:
+def learning(case: Case, lengths: np.ndarray | None = None) -> Stage:
+    """Stages 3 to 5 on one rollout, cut to these lengths where they are given."""
     collected = eqx.filter_jit(collect)(
         case.state, case.reference, case.prompts, case.hyperparams,
         config=case.config, mesh=case.mesh,
     )  # fmt: skip
+    if lengths is not None:
+        slots = jnp.arange(case.size.response)[None]
+        rollout = replace(
+            collected.rollout,
+            lengths=jnp.asarray(lengths, jnp.int32),
+            mask=slots < jnp.asarray(lengths)[:, None],
+        )
+        collected = replace(collected, rollout=rollout)
 
     def run(inputs, state):
         return learn(state, *inputs, config=case.config, mesh=case.mesh)
@@ -123,7 +134,7 @@ STAGES: dict[str, Callable[[Case], Stage]] = {
     "rollout": _rollout,
     "score": _score,
     "collect": _collect,
-    "learn": _learn,
+    "learn": learning,
     "step": _step,
 }
 """Name -> how to prepare it; the same names as in `work.WORK`."""
