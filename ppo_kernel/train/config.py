@@ -40,8 +40,8 @@ class PPOConfig:
         entropy_coeff, value_coeff, max_grad_norm: see `Hyperparams`; the norm is clipped for
             actor and critic each.
         missing_eos_penalty, score_clip: see `Hyperparams`.
-        whiten_advantages, bootstrap_truncated, recompute_old_logprobs, logprob_chunk_size: see
-            `IterationConfig`.
+        whiten_advantages, bootstrap_truncated, recompute_old_logprobs, logprob_chunk_size,
+            response_widths: see `IterationConfig`.
         weight_decay: decoupled, on the actor and the critic.
 
     Raises:
