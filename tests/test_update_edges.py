@@ -176,7 +176,7 @@ def test_response_widths_do_not_change_the_update(float64, size):
         (1, (2, 4, 2, 3), {3, 6}),
         (1, (1, 1, 1, 1), {1}),
         # Sorted by length, those of one token share a micro-batch.
-        (2, (6, 1, 6, 1), {1, 6}),
+        (2, (6, 1, 1, 6), {1, 6}),
         (4, (1, 3, 2, 1), {3}),
     ],
 )
