@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -211,7 +211,9 @@ def compile_iteration(
     second = parts | {"learner": learner, "advantage_estimator": advantage_estimator}
     pin_state = pin_parameters(mesh)
 
-    jit = partial(eqx.filter_jit, compiler_options=compiler_options(mesh))
+    # Equinox passes other arguments on to `jax.jit`, which its types do not say.
+    filter_jit: Any = eqx.filter_jit
+    jit = partial(filter_jit, compiler_options=compiler_options(mesh))
 
     # Equinox donates every argument but the first.
     @jit(donate="all-except-first")
