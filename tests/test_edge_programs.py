@@ -126,7 +126,10 @@ def test_bfloat16_computes_what_float32_does_to_its_rounding(param_dtype):
         unchanged
     )
     rollout = collected.rollout
-    np.testing.assert_array_equal(collected.old_logprobs, collected.scores.reference_logprobs)
+    # The same model twice in one program: XLA may leave out a rounding to bfloat16 in one of them.
+    np.testing.assert_allclose(
+        collected.old_logprobs, collected.scores.reference_logprobs, atol=2.0**-6
+    )
     hidden = wide.hidden(*full_sequences(rollout))
     exact, _ = response_logprobs(wide, rollout, hidden, temperature=1.0)
     # Log-probabilities of a few nats after some ten roundings of 2^-8.
