@@ -12,6 +12,8 @@ BASELINE ?= bench/baseline.json
 # Tunix needs Python 3.12.
 PYTHON312 ?= python3.12
 BIN := $(VENV)/bin
+# Huge pages for the memory that XLA allocates on a CPU: a tenth off the time of an update. For glibc alone.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: demo test bench bench-check bench-baseline bench-scaling bench-peers mutants lint clean
 

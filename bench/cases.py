@@ -9,10 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
+from ppo_kernel.learner import Learner, TrainState
 from ppo_kernel.models import LanguageModel, Transformer, TransformerConfig, ValueModel
 from ppo_kernel.sharding import make_mesh, place
 from ppo_kernel.types import Prompts, Rollout
-from ppo_kernel.update import Learner, TrainState
 
 from .sizes import Size
 

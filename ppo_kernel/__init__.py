@@ -13,6 +13,8 @@ from .iteration import collect as collect
 from .iteration import compile_iteration as compile_iteration
 from .iteration import learn as learn
 from .iteration import ppo_iteration as ppo_iteration
+from .learner import Learner as Learner
+from .learner import TrainState as TrainState
 from .losses import clipped_policy_loss as clipped_policy_loss
 from .losses import clipped_value_loss as clipped_value_loss
 from .models import LanguageModel as LanguageModel
@@ -46,6 +48,4 @@ from .types import Experience as Experience
 from .types import Prompts as Prompts
 from .types import Rollout as Rollout
 from .types import Scores as Scores
-from .update import Learner as Learner
-from .update import TrainState as TrainState
 from .update import update as update

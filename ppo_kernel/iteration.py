@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from .advantages import gae
 from .config import Hyperparams, IterationConfig
+from .learner import Learner, TrainState
 from .metrics import nonfinite_counts, rollout_metrics
 from .models.base import Policy
 from .ops.masked import at_least_float32, whiten, wider_type
@@ -22,7 +23,7 @@ from .rollout import generate
 from .scoring import full_sequences, response_logprobs, score
 from .sharding import batch_shards, pin_batch, pin_parameters
 from .types import AdvantageEstimator, Experience, Metrics, Prompts, RewardFn, Rollout, Scores
-from .update import Learner, TrainState, update
+from .update import update
 
 
 class Collected(eqx.Module):

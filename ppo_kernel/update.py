@@ -1,89 +1,18 @@
 """Stage 5b: experience -> new train state. Epochs x minibatches x micro-batches, by scan."""
 
-from dataclasses import dataclass
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key
 
 from .config import Hyperparams, IterationConfig
-from .losses import clipped_policy_loss, clipped_value_loss, is_clipped
-from .models.base import Critic, Policy
-from .models.heads import ValueHead
+from .learner import Learner, TrainState, optimizer_step, wide
+from .losses import is_clipped
 from .ops.kl import is_clamped, k3
-from .ops.masked import at_least_float32, masked_sum
+from .ops.masked import masked_sum
 from .scoring import critic_values, full_sequences, response_logprobs, response_values
 from .sharding import Pin
-from .types import Experience, Metrics, PolicyLoss, ValueLoss
-
-
-class TrainState(eqx.Module):
-    """Everything an iteration changes, and nothing else.
-
-    Attributes:
-        policy, critic: the models as they are now.
-        actor_optimizer_state, critic_optimizer_state: moments, in at least float32.
-        key: never consumed: the noise of an iteration comes from (key, iteration).
-        iteration: how many are done.
-        kl_coef: the controller's coefficient; follows `Hyperparams.kl_coef` without a target.
-    """
-
-    policy: Policy
-    critic: Critic | ValueHead
-    actor_optimizer_state: PyTree
-    critic_optimizer_state: PyTree
-    key: Key[Array, "*runs"]
-    iteration: Int[Array, "*runs"]
-    kl_coef: Float[Array, "*runs"]
-
-
-@dataclass(frozen=True)
-class Learner:
-    """The functions that the update is made of; swapping one is passing another.
-
-    Attributes:
-        actor_optimizer, critic_optimizer: optax transformations that give a *direction*, such
-            as `optax.scale_by_adam()`: sign and learning rate are applied from `Hyperparams`.
-        policy_loss, value_loss: see `types.PolicyLoss` and `types.ValueLoss`.
-    """
-
-    actor_optimizer: optax.GradientTransformation = optax.scale_by_adam(eps=1e-8)
-    critic_optimizer: optax.GradientTransformation = optax.scale_by_adam(eps=1e-8)
-    policy_loss: PolicyLoss = clipped_policy_loss
-    value_loss: ValueLoss = clipped_value_loss
-
-    def init(
-        self,
-        policy: Policy,
-        critic: Critic | ValueHead,
-        key: Key[Array, ""],
-        hyperparams: Hyperparams,
-    ) -> TrainState:
-        """The state before the first iteration, on copies: an iteration donates its state.
-
-        Args:
-            policy, critic: the models to train.
-            key: of the whole run, copied into the state.
-            hyperparams: gives the first KL coefficient.
-
-        Returns:
-            A `TrainState` with fresh moments, iteration 0.
-        """
-
-        def copy(tree: PyTree) -> PyTree:
-            return jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, tree)
-
-        return TrainState(
-            policy=copy(policy),
-            critic=copy(critic),
-            actor_optimizer_state=self.actor_optimizer.init(_wide(_trainable(policy))),
-            critic_optimizer_state=self.critic_optimizer.init(_wide(_trainable(critic))),
-            key=jnp.copy(key),
-            iteration=jnp.zeros((), jnp.int32),
-            kl_coef=jnp.array(hyperparams.kl_coef),
-        )
+from .types import Experience, Metrics
 
 
 def minibatch_order(
@@ -176,7 +105,7 @@ def update(
             models, static, minibatch, hyperparams, state.kl_coef,
             config=config, learner=learner, size=size, pin=pin,
         )  # fmt: skip
-        return _apply(models, optimizer_states, gradients, sums, hyperparams, learner)
+        return optimizer_step(models, optimizer_states, gradients, sums, hyperparams, learner)
 
     optimizer_states = (state.actor_optimizer_state, state.critic_optimizer_state)
     carry, sums = jax.lax.scan(one_step, (models, optimizer_states), order)
@@ -203,7 +132,7 @@ def _gradients(models, static, minibatch, hyperparams, kl_coef, *, config, learn
 
     def whole_width(part):
         gradients, sums = jax.grad(loss, has_aux=True)(models, pin(part))
-        return _wide(gradients), sums
+        return wide(gradients), sums
 
     def backward(part):
         widths = [w for w in config.response_widths if w < weights.shape[1]]
@@ -292,41 +221,6 @@ def _loss(policy, critic, part: Experience, weights, hyperparams, kl_coef, *, co
     return loss, sums
 
 
-def _apply(models, optimizer_states, gradients, sums, hyperparams, learner):
-    """One optimizer step of both models, or none where a number of it is not finite."""
-    rates = (hyperparams.learning_rate_actor, hyperparams.learning_rate_critic)
-    limits = (hyperparams.max_grad_norm_actor, hyperparams.max_grad_norm_critic)
-    optimizers = (learner.actor_optimizer, learner.critic_optimizer)
-    norms = tuple(optax.tree.norm(gradient) for gradient in gradients)
-    numbers = (*norms, *rates, *(x for x in limits if x is not None), *sums.values())
-    applied = sums["tokens"] > 0
-    for number in numbers:
-        applied &= jnp.isfinite(number)
-
-    def step(model, state, gradient, norm, rate, limit, optimizer):
-        if limit is not None:
-            scale = jnp.minimum(1.0, jnp.asarray(limit, norm.dtype) / jnp.maximum(norm, 1e-12))
-            gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
-        # Optax mixes types on purpose; a caller's strict promotion is for our own code.
-        with jax.numpy_dtype_promotion("standard"):
-            direction, new_state = optimizer.update(gradient, state, _wide(model))
-        new_model = jax.tree.map(
-            lambda x, d: (at_least_float32(x) - jnp.asarray(rate, d.dtype) * d).astype(x.dtype),
-            model,
-            direction,
-        )
-        return _select(applied, (new_model, new_state), (model, state))
-
-    arguments = (models, optimizer_states, gradients, norms, rates, limits, optimizers)
-    stepped, states = zip(*(step(*each) for each in zip(*arguments, strict=True)), strict=True)
-    sums = _select(applied, sums, jax.tree.map(jnp.zeros_like, sums))
-    sums["grad_norm_actor"], sums["grad_norm_critic"] = (
-        jnp.where(applied, norm, 0.0) for norm in norms
-    )
-    sums["applied"] = jnp.where(applied, jnp.ones_like(sums["tokens"]), 0.0)
-    return (stepped, states), sums
-
-
 def _metrics(sums: dict[str, Float[Array, " steps"]]) -> Metrics:
     """Sums of every step -> means over valid tokens, or over the applied steps."""
     total = {name: jnp.sum(values) for name, values in sums.items()}
@@ -342,16 +236,3 @@ def _metrics(sums: dict[str, Float[Array, " steps"]]) -> Metrics:
 
     metrics = {name: reduced(name, value) for name, value in total.items()}
     return metrics | {"skipped_minibatches": steps - applied}
-
-
-def _select(condition: Bool[Array, ""], if_true: PyTree, if_false: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)
-
-
-def _trainable(model: PyTree) -> PyTree:
-    return eqx.filter(model, eqx.is_inexact_array)
-
-
-def _wide(tree: PyTree) -> PyTree:
-    """Gradients and moments are kept in at least float32, whatever the parameters' type."""
-    return jax.tree.map(at_least_float32, tree)

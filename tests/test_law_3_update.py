@@ -10,9 +10,9 @@ import tiny
 
 from ppo_kernel.config import Hyperparams
 from ppo_kernel.iteration import compile_iteration
+from ppo_kernel.learner import Learner
 from ppo_kernel.sharding import make_mesh, place
 from ppo_kernel.testing import NORM_TOLERANCES
-from ppo_kernel.update import Learner
 
 
 def _updated(batch, config, mesh=None):

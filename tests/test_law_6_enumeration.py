@@ -41,10 +41,10 @@ from enumeration import (
 
 from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
 from ppo_kernel.iteration import learn
+from ppo_kernel.learner import Learner
 from ppo_kernel.ops.kl import k1, k2, k3, with_gradient_of
 from ppo_kernel.ops.masked import fixed_mean, sequence_mean, token_mean
 from ppo_kernel.rollout import generate
-from ppo_kernel.update import Learner
 
 KL_COEF = 0.3
 FIXED_MEAN = fixed_mean(LENGTH)

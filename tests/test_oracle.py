@@ -24,9 +24,10 @@ from ppo_kernel import iteration
 from ppo_kernel.advantages import gae
 from ppo_kernel.config import Hyperparams
 from ppo_kernel.iteration import collect
+from ppo_kernel.learner import Learner
 from ppo_kernel.ops.sampling import sampling_noise
 from ppo_kernel.testing import NORM_TOLERANCES
-from ppo_kernel.update import Learner, minibatch_order
+from ppo_kernel.update import minibatch_order
 
 
 @cache

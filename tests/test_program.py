@@ -73,7 +73,7 @@ def decode_loop(text: str) -> str:
     return max((computations[name] for name in bodies), key=len)
 
 
-def test_thedecode_loop_copies_neither_weights_nor_cache():
+def test_the_decode_loop_copies_neither_weights_nor_cache():
     policy = tiny.language_model(hidden_size=64, intermediate_size=96, head_dim=16)
     config = GenerationConfig(max_new_tokens=40, eos_token_ids=(1,))
     lowered = eqx.filter_jit(generate).lower(

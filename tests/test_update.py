@@ -20,9 +20,10 @@ import reference.ops.kl
 import reference.scoring
 import reference.update
 from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
+from ppo_kernel.learner import Learner
 from ppo_kernel.ops.kl import k2
 from ppo_kernel.types import Experience
-from ppo_kernel.update import Learner, minibatch_order, update
+from ppo_kernel.update import minibatch_order, update
 
 ROWS, SHAPE, VOCABULARY = 4, (3, 4), 13
 drawn = settings(max_examples=4, phases=(Phase.explicit, Phase.reuse, Phase.generate))

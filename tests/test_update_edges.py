@@ -14,10 +14,11 @@ from edges import BanningPolicy
 from jaxtyping import Array, Float, Int
 
 from ppo_kernel.config import Hyperparams, IterationConfig
+from ppo_kernel.learner import Learner
 from ppo_kernel.models.base import Critic, Policy
 from ppo_kernel.ops.kl import k1
 from ppo_kernel.types import Experience, Rollout
-from ppo_kernel.update import Learner, update
+from ppo_kernel.update import update
 
 LENGTHS, WIDTH = (3, 1, 6, 2, 1, 2, 4, 1), 6
 SETTINGS = {"num_epochs": 2, "num_minibatches": 2, "loss_kl": k1}

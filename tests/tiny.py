@@ -8,10 +8,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
 from ppo_kernel.iteration import compile_iteration
+from ppo_kernel.learner import Learner
 from ppo_kernel.models import LanguageModel, Transformer, TransformerConfig, ValueModel
 from ppo_kernel.models.heads import ValueHead
 from ppo_kernel.types import Prompts
-from ppo_kernel.update import Learner
 
 VOCABULARY, EOS, PAD = 13, 1, 0
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 import optax
 
 from ..config import GenerationConfig, Hyperparams, IterationConfig
+from ..learner import Learner
 from ..ops.kl import k1
 from ..types import KLEstimator
-from ..update import Learner
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,15 @@ def twins(*names: str) -> str:
 
 
 GRADIENTS = r"test_update\.py::test_gradient_of_a_minibatch_equals_the_reference\[None\]"
+UPDATE = (
+    GRADIENTS,
+    r"test_update\.py",
+    r"test_update_edges\.py",
+    r"test_oracle\.py::test_law_10_the_whole.*\[(shared-adaptive|grouped)\]",
+    r"test_edges\.py::test_(a_planted_nan|nothing_is|rows_without|a_batch_without|overflowing)",
+    r"test_edge_programs\.py::test_bfloat16",
+    r"test_program\.py::test_the_state_is_donated",
+)
 CHECKS = {
     "ops/kl.py": (r"ops/test_kl\.py", twins("clamp", "is_clamped", "k1", "k2", "k3")),
     "ops/logprobs.py": (
@@ -32,15 +41,8 @@ CHECKS = {
     ),
     "advantages.py": (r"test_advantages\.py", twins("gae")),
     "losses.py": (r"test_losses\.py", twins("clipped_", "is_clipped")),
-    "update.py": (
-        GRADIENTS,
-        r"test_update\.py",
-        r"test_update_edges\.py",
-        r"test_oracle\.py::test_law_10_the_whole.*\[(shared-adaptive|grouped)\]",
-        r"test_edges\.py::test_(a_planted_nan|nothing_is|rows_without|a_batch_without|overflowing)",
-        r"test_edge_programs\.py::test_bfloat16",
-        r"test_program\.py::test_the_state_is_donated",
-    ),
+    "update.py": UPDATE,
+    "learner.py": UPDATE,
     "rollout.py": (
         r"test_rollout_reference\.py",
         r"test_laws\.py::test_law_[24].*\[(tied|recurrent)\]",

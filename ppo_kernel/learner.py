@@ -1,0 +1,151 @@
+"""What an update changes, and how: the train state, the optimizers and one step of them."""
+
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from .config import Hyperparams
+from .losses import clipped_policy_loss, clipped_value_loss
+from .models.base import Critic, Policy
+from .models.heads import ValueHead
+from .ops.masked import at_least_float32
+from .types import PolicyLoss, ValueLoss
+
+
+class TrainState(eqx.Module):
+    """Everything an iteration changes, and nothing else.
+
+    Attributes:
+        policy, critic: the models as they are now.
+        actor_optimizer_state, critic_optimizer_state: moments, in at least float32.
+        key: never consumed: the noise of an iteration comes from (key, iteration).
+        iteration: how many are done.
+        kl_coef: the controller's coefficient; follows `Hyperparams.kl_coef` without a target.
+    """
+
+    policy: Policy
+    critic: Critic | ValueHead
+    actor_optimizer_state: PyTree
+    critic_optimizer_state: PyTree
+    key: Key[Array, "*runs"]
+    iteration: Int[Array, "*runs"]
+    kl_coef: Float[Array, "*runs"]
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The functions that the update is made of; swapping one is passing another.
+
+    Attributes:
+        actor_optimizer, critic_optimizer: optax transformations that give a *direction*, such
+            as `optax.scale_by_adam()`: sign and learning rate are applied from `Hyperparams`.
+        policy_loss, value_loss: see `types.PolicyLoss` and `types.ValueLoss`.
+    """
+
+    actor_optimizer: optax.GradientTransformation = optax.scale_by_adam(eps=1e-8)
+    critic_optimizer: optax.GradientTransformation = optax.scale_by_adam(eps=1e-8)
+    policy_loss: PolicyLoss = clipped_policy_loss
+    value_loss: ValueLoss = clipped_value_loss
+
+    def init(
+        self,
+        policy: Policy,
+        critic: Critic | ValueHead,
+        key: Key[Array, ""],
+        hyperparams: Hyperparams,
+    ) -> TrainState:
+        """The state before the first iteration, on copies: an iteration donates its state.
+
+        Args:
+            policy, critic: the models to train.
+            key: of the whole run, copied into the state.
+            hyperparams: gives the first KL coefficient.
+
+        Returns:
+            A `TrainState` with fresh moments, iteration 0.
+        """
+
+        def copy(tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, tree)
+
+        return TrainState(
+            policy=copy(policy),
+            critic=copy(critic),
+            actor_optimizer_state=self.actor_optimizer.init(wide(_trainable(policy))),
+            critic_optimizer_state=self.critic_optimizer.init(wide(_trainable(critic))),
+            key=jnp.copy(key),
+            iteration=jnp.zeros((), jnp.int32),
+            kl_coef=jnp.array(hyperparams.kl_coef),
+        )
+
+
+def optimizer_step(
+    models: PyTree,
+    optimizer_states: PyTree,
+    gradients: PyTree,
+    sums: dict[str, Float[Array, ""]],
+    hyperparams: Hyperparams,
+    learner: Learner,
+) -> tuple[tuple[PyTree, PyTree], dict[str, Float[Array, ""]]]:
+    """One optimizer step of both models, or none where a number of it is not finite.
+
+        g <- g min(1, max_grad_norm / |g|),   x <- x - learning_rate * direction(g)
+
+    Args:
+        models, optimizer_states, gradients: a pair each, of the actor and of the critic.
+        sums: of the minibatch; a step also needs `tokens` > 0.
+        hyperparams: learning rates and bounds of the gradient norms.
+        learner: the optimizers.
+
+    Returns:
+        ((models, optimizer states), sums): the sums of a minibatch that was skipped are 0;
+        `grad_norm_actor`, `grad_norm_critic` and `applied` are added.
+    """
+    rates = (hyperparams.learning_rate_actor, hyperparams.learning_rate_critic)
+    limits = (hyperparams.max_grad_norm_actor, hyperparams.max_grad_norm_critic)
+    optimizers = (learner.actor_optimizer, learner.critic_optimizer)
+    norms = tuple(optax.tree.norm(gradient) for gradient in gradients)
+    numbers = (*norms, *rates, *(x for x in limits if x is not None), *sums.values())
+    applied = sums["tokens"] > 0
+    for number in numbers:
+        applied &= jnp.isfinite(number)
+
+    def step(model, state, gradient, norm, rate, limit, optimizer):
+        if limit is not None:
+            scale = jnp.minimum(1.0, jnp.asarray(limit, norm.dtype) / jnp.maximum(norm, 1e-12))
+            gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
+        # Optax mixes types on purpose; a caller's strict promotion is for our own code.
+        with jax.numpy_dtype_promotion("standard"):
+            direction, new_state = optimizer.update(gradient, state, wide(model))
+        new_model = jax.tree.map(
+            lambda x, d: (at_least_float32(x) - jnp.asarray(rate, d.dtype) * d).astype(x.dtype),
+            model,
+            direction,
+        )
+        return _select(applied, (new_model, new_state), (model, state))
+
+    arguments = (models, optimizer_states, gradients, norms, rates, limits, optimizers)
+    stepped, states = zip(*(step(*each) for each in zip(*arguments, strict=True)), strict=True)
+    sums = _select(applied, sums, jax.tree.map(jnp.zeros_like, sums))
+    sums["grad_norm_actor"], sums["grad_norm_critic"] = (
+        jnp.where(applied, norm, 0.0) for norm in norms
+    )
+    sums["applied"] = jnp.where(applied, jnp.ones_like(sums["tokens"]), 0.0)
+    return (stepped, states), sums
+
+
+def _select(condition: Bool[Array, ""], if_true: PyTree, if_false: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)
+
+
+def _trainable(model: PyTree) -> PyTree:
+    return eqx.filter(model, eqx.is_inexact_array)
+
+
+def wide(tree: PyTree) -> PyTree:
+    """Gradients and moments are kept in at least float32, whatever the parameters' type."""
+    return jax.tree.map(at_least_float32, tree)
