@@ -71,28 +71,20 @@ def run_learn(flags: argparse.Namespace) -> dict:
     size = parse_size(flags.shape)
     full, ragged = build(size, flags.dtype), build(size, flags.dtype)
     length = size.response
-    drawn = np.random.default_rng(0).geometric(4 / length, size.batch)
+    lengths = np.minimum(np.random.default_rng(0).geometric(4 / length, size.batch), length)
     widths = tuple(length // n for n in (8, 4, 2) if length >= n)
     config = replace(ragged.config, microbatch_size=flags.microbatch, response_widths=widths)
     stages = {
         "full": learning(full),
-        "ragged": learning(replace(ragged, config=config), np.minimum(drawn, length)),
+        "ragged": learning(replace(ragged, config=config), lengths),
     }
-    seconds = {name: [] for name in stages}
-    for stage in stages.values():
-        _seconds(stage.run)
-    for _ in range(flags.rounds):
-        for name, stage in stages.items():
-            seconds[name].append(_seconds(stage.run))
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    medians = _in_turns({name: stage.run for name, stage in stages.items()}, flags.rounds)
     tokens = size.batch * (size.prompt + length)
     return {
         "shape": flags.shape, "microbatch": flags.microbatch, "response_widths": widths,
         "median_s": {name: round(median, 6) for name, median in medians.items()},
         "ratio": round(medians["ragged"] / medians["full"], 3),
-        "share_of_tokens": round(
-            float(np.minimum(drawn, length).sum() + size.batch * size.prompt) / tokens, 3
-        ),
+        "share_of_tokens": round(float(lengths.sum() + size.batch * size.prompt) / tokens, 3),
         "compile_s": {name: stage.compile_s for name, stage in stages.items()},
         "device": jax.devices()[0].device_kind,
     }  # fmt: skip
@@ -111,11 +103,11 @@ def run_rollout(flags: argparse.Namespace) -> dict:
     continuous, continuous_s = _compiled(case, policy, case.prompts, decode_slots=flags.slots)
     lengths = np.concatenate([fixed(policy, batch).lengths for batch in batches])
     same = np.array_equal(lengths, continuous(policy, case.prompts).lengths)
-    seconds = {"fixed": [], "continuous": []}
-    for _ in range(flags.rounds):
-        seconds["fixed"].append(_seconds(lambda: [fixed(policy, batch) for batch in batches]))
-        seconds["continuous"].append(_seconds(lambda: continuous(policy, case.prompts)))
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    runs = {
+        "fixed": lambda: [fixed(policy, batch) for batch in batches],
+        "continuous": lambda: continuous(policy, case.prompts),
+    }
+    medians = _in_turns(runs, flags.rounds)
     steps = {
         "fixed": int(lengths.reshape(TURNS, -1).max(axis=1).sum()) - TURNS,
         "continuous": decode_steps(lengths, flags.slots, refill_size(flags.slots, 1)),
@@ -164,10 +156,16 @@ def _compiled(case: Case, policy: Ending, prompts: Prompts, **changes):
     return compiled, time.perf_counter() - start
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
+def _in_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, after one run that is not counted."""
+    seconds = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ FIELDS = {"T": "response", "B": "batch", "V": "vocab", "L": "layers", "devices":
 """Axis -> the field of a size that it changes."""
 
 VALUES = {
-    "T": [64, 128, 256, 512],
+    "T": [64, 128, 256, 512, 1024],
     "B": [4, 8, 16, 32],
     "V": [2_000, 8_000, 32_000],
     "L": [2, 4, 8, 16],

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from .attention import Attention
+from .attention import KEPT, Attention
 from .base import Cache, Decoder
 from .kv_cache import KVCache
 from .layers import GatedMLP, Linear, RMSNorm
@@ -23,6 +23,12 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position: int
+
+
+KEEP_PROJECTIONS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(KEPT),
+)
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,9 @@ class TransformerConfig:
         max_positions: what a saved folder says; nothing here depends on it.
         param_dtype, compute_dtype, cache_dtype: of parameters, activations and the KV cache.
         remat: what a layer keeps for the backward pass, one of `jax.checkpoint_policies`. The
-            default keeps the projections and computes the rest again (norms, rotations, attention
-            weights, activations): less to write and read back. None keeps everything,
-            `nothing_saveable` only the layer's input.
+            default keeps the projections and the mixed values, and computes the rest again (norms,
+            rotations, attention weights, activations): less to write and read back. None keeps
+            everything, `nothing_saveable` only the layer's input.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -64,7 +70,7 @@ class TransformerConfig:
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     cache_dtype: str = "float32"
-    remat: Callable | None = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    remat: Callable | None = KEEP_PROJECTIONS
 
     def __post_init__(self):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
