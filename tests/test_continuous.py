@@ -133,6 +133,15 @@ def test_every_sequence_is_decoded_once_and_no_slot_waits(slots, refill):
     assert [slots] * expected == STEPS
 
 
+def test_slots_for_every_sequence_need_no_queue():
+    def program(slots):
+        config = GenerationConfig(max_new_tokens=3, eos_token_ids=(1,), decode_slots=slots)
+        return GENERATE.lower(policy, batch, KEY, config=config).as_text()
+
+    policy, batch = tiny.language_model(), tiny.prompts(LENGTHS[:4])
+    assert program(4) == program(5) == program(None) != program(3)
+
+
 def test_an_iteration_is_the_same_with_slots(float64):
     hyperparams, policy = Hyperparams(), tiny.language_model()
     state, batch = tiny.start(hyperparams, policy=policy), tiny.prompts()

@@ -111,14 +111,15 @@ class CountingPolicy(tiny.RecurrentPolicy):
 STEPS: list[int] = []
 
 
-def test_generation_stops_when_every_sequence_has_ended():
+@pytest.mark.parametrize(("eos_token_ids", "length"), [((1, 2, 3), 200), ((), 5)])
+def test_generation_stops_when_every_sequence_has_ended(eos_token_ids, length):
     STEPS.clear()
     policy = CountingPolicy(jax.random.key(0))
-    config = GenerationConfig(max_new_tokens=200, eos_token_ids=(1, 2, 3))
+    config = GenerationConfig(max_new_tokens=length, eos_token_ids=eos_token_ids)
     rollout = eqx.filter_jit(generate)(policy, tiny.prompts(), jax.random.key(0), config=config)
     jax.effects_barrier()
     longest = int(rollout.lengths.max())
-    assert rollout.terminated.all()
+    assert rollout.terminated.all() == bool(eos_token_ids)
     assert longest < 100
     # The first token comes from the prefill, and the last one is never read.
     assert len(STEPS) == longest - 1

@@ -1,5 +1,6 @@
 """What the models say of a rollout equals the reference, for empty responses too."""
 
+import dataclasses
 from functools import cache
 
 import hypothesis.strategies as st
@@ -76,6 +77,17 @@ def test_model_reward_is_the_value_after_the_last_token(float64, seed):
 @jax.jit
 def run_reward(reward, rollout):
     return reward(rollout)
+
+
+def test_full_sequences_end_with_the_response(float64):
+    rollout = draw("separate", 3)[3]
+    lengths = np.array([3, 0, 4, 1], np.int32)
+    tokens, valid = full_sequences(dataclasses.replace(rollout, lengths=jnp.asarray(lengths)))
+    width = rollout.prompt_tokens.shape[1]
+    np.testing.assert_array_equal(tokens[:, :width], rollout.prompt_tokens)
+    np.testing.assert_array_equal(tokens[:, width:], rollout.tokens)
+    np.testing.assert_array_equal(valid[:, :width], rollout.prompt_mask)
+    np.testing.assert_array_equal(valid[:, width:], np.tri(5, 4, -1, dtype=bool)[lengths])
 
 
 def test_a_hole_in_the_loss_mask_is_still_read(float64):

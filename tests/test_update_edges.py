@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from ppo_kernel.config import Hyperparams, IterationConfig
 from ppo_kernel.learner import Learner
+from ppo_kernel.losses import clipped_policy_loss
 from ppo_kernel.models.base import Critic, Policy
 from ppo_kernel.ops.kl import k1
 from ppo_kernel.types import Experience, Rollout
@@ -138,10 +139,16 @@ def test_a_critic_without_values_at_pads_is_no_edge(float64):
     assert plain[1]["skipped_minibatches"] == 0
 
 
-def test_a_policy_that_cannot_write_the_pad_is_no_edge(float64):
-    """Its log-probability there is -inf, and k1 of it too."""
+def unclamped_loss(logprobs, old_logprobs, advantages, **settings):
+    """That of REINFORCE: 0 * -inf at a pad unless the log-probability there is cleared."""
+    return -logprobs * advantages
+
+
+@pytest.mark.parametrize("loss", [clipped_policy_loss, unclamped_loss])
+def test_a_policy_that_cannot_write_the_pad_is_no_edge(float64, loss):
+    """Its log-probability there is -inf."""
     never = BanningPolicy(language_model(), banned=(tiny.PAD,))
-    state, metrics = updated(experience(), policy=never)
+    state, metrics = updated(experience(), policy=never, learner=Learner(policy_loss=loss))
     assert metrics["skipped_minibatches"] == 0
     for leaf in jax.tree.leaves(eqx.filter((state.policy, metrics), eqx.is_inexact_array)):
         assert jnp.isfinite(leaf).all()

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -53,8 +54,7 @@ def main() -> int:
     if unknown:
         parser.error(f"{sorted(unknown)} are not mutated; choose from {list(CHECKS)}.")
     mutants = [m for file in wanted for m in mutants_of(ROOT / "ppo_kernel" / file, file)]
-    hashes = {file: hash_of_tests(file) for file in wanted}
-    results = Results(WORK / "results.jsonl", hashes)
+    results = Results(WORK / "results.jsonl")
     pending = [m for m in mutants if results.of(m) is None]
     print(f"{len(mutants)} mutants, {len(mutants) - len(pending)} of them known.", flush=True)
     trees = [copy_tree(i) for i in range(min(arguments.workers, len(pending)))]
@@ -67,32 +67,37 @@ def main() -> int:
 class Results:
     """What is known, one line a mutant, appended as soon as it is known.
 
-    A result holds while the meaning of the mutated file and the tests that judge it stay.
+    A result holds while the meaning of the mutated file stays, and the tests that gave it: of a
+    mutant that is caught the file with the test that caught it, of a survivor all of them.
     """
 
-    def __init__(self, path: Path, hashes: dict[str, str]):
-        self.path, self.hashes = path, hashes
+    def __init__(self, path: Path):
+        self.path = path
         lines = path.read_text().splitlines() if path.exists() else []
-        self.known = {(x["file"], x["key"], x["tests"]): x for x in map(json.loads, lines)}
+        self.known = {(x["file"], x["key"]): x for x in map(json.loads, lines)}
 
     def of(self, mutant: Mutant) -> dict | None:
-        return self.known.get((mutant.file, mutant.key, self.hashes[mutant.file]))
+        entry = self.known.get((mutant.file, mutant.key))
+        holds = entry is not None and entry["tests"] == hash_of_tests(mutant.file, entry["by"])
+        return entry if holds else None
 
     def add(self, mutant: Mutant, outcome: str, by: str, seconds: float):
-        entry = {"file": mutant.file, "key": mutant.key, "tests": self.hashes[mutant.file],
+        entry = {"file": mutant.file, "key": mutant.key, "tests": hash_of_tests(mutant.file, by),
                  "line": mutant.line, "after": mutant.after, "outcome": outcome, "by": by,
                  "seconds": round(seconds, 1)}  # fmt: skip
-        self.known[entry["file"], entry["key"], entry["tests"]] = entry
+        self.known[entry["file"], entry["key"]] = entry
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
 
-def hash_of_tests(file: str) -> str:
-    """Of the test files of a module and of the helpers beside them."""
+@cache
+def hash_of_tests(file: str, by: str) -> str:
+    """Of the test file of `by` or, without it, of all that judge `file`; and of the helpers."""
+    names = [by.split("::")[0]] if by else test_files(file)
     helpers = [p for p in (ROOT / "tests").glob("*.py") if not p.name.startswith("test_")]
-    paths = sorted({*helpers, *(ROOT / "tests" / name for name in test_files(file))})
-    text = repr(CHECKS[file]) + "".join(path.read_text(encoding="utf-8") for path in paths)
-    return sha256(text.encode()).hexdigest()[:12]
+    paths = sorted({*helpers, *(ROOT / "tests" / name for name in names)})
+    text = "".join(path.read_text(encoding="utf-8") for path in paths if path.exists())
+    return sha256(text.encode() + (b"" if by else repr(CHECKS[file]).encode())).hexdigest()[:12]
 
 
 def copy_tree(worker: int) -> Path:
