@@ -16,6 +16,7 @@ UPDATE = (
     GRADIENTS,
     r"test_update\.py",
     r"test_update_edges\.py",
+    r"test_holes\.py",
     r"test_oracle\.py::test_law_10_the_whole.*\[(shared-adaptive|grouped)\]",
     r"test_edges\.py::test_(a_planted_nan|nothing_is|rows_without|a_batch_without|overflowing)",
     r"test_edge_programs\.py::test_bfloat16",
