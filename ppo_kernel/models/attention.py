@@ -96,9 +96,10 @@ def attend(
     finite, and never read, since only padding is in that place. The backward pass takes the weights
     from their maximum and sum, with fewer passes over [Q, S] than autodiff makes:
 
-        dv = p^T do,   dz = p (do v^T - sum(do o)),   dq = dz k / sqrt(E),   dk = dz^T q / sqrt(E)
+        dp = do v^T,   dz = p (dp - sum(p dp)),   dq = dz k / sqrt(E),   dk = dz^T q / sqrt(E)
 
-    (Dao 2023, sec. 2.3.2). Forward-mode derivatives alone do not exist; those of a gradient do.
+    and dv = p^T do (Dao et al. 2022, appendix B.2). Forward-mode derivatives alone do not exist;
+    those of a gradient do.
 
     Args:
         query: grouped by the key/value head they share.
@@ -123,16 +124,18 @@ def _attend_forward(query, key, value, allowed):
     mixed = at_least_float32(jnp.einsum("bkgqs,bkse->bkgqe", weights.astype(value.dtype), value))
     mixed = (mixed / total).astype(value.dtype)
     mixed, largest, total = (checkpoint_name(x, KEPT) for x in (mixed, largest, total))
-    return mixed, (query, key, value, allowed, mixed, largest, total)
+    return mixed, (query, key, value, allowed, largest, total)
 
 
 def _attend_backward(residuals, cotangent):
-    query, key, value, allowed, mixed, largest, total = residuals
+    query, key, value, allowed, largest, total = residuals
     weights = jnp.exp(_logits(query, key, allowed) - largest)
     share = (at_least_float32(cotangent) / total).astype(value.dtype)
     value_gradient = jnp.einsum("bkgqs,bkgqe->bkse", weights.astype(value.dtype), share)
     along = at_least_float32(jnp.einsum("bkgqe,bkse->bkgqs", share, value))
-    along -= jnp.sum(at_least_float32(share * mixed), axis=-1, keepdims=True)
+    # sum(p dp) and not its equal sum(do o): a query that sees one slot then has no gradient, and
+    # not a rounding error, which an optimizer such as Adam would magnify.
+    along -= jnp.sum(weights * along, axis=-1, keepdims=True) / total
     change = jnp.where(allowed[:, None, None], weights * along, 0.0).astype(query.dtype)
     scale = query.shape[-1] ** -0.5
     query_gradient = jnp.einsum("bkgqs,bkse->bkgqe", change, key) * scale
