@@ -2,12 +2,9 @@
 
 from dataclasses import replace
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import pytest
 import tiny
-from edges import BanningPolicy
+from edges import BanningPolicy, assert_finite
 from test_update_edges import experience, language_model, unclamped_loss, updated
 
 from ppo_kernel.learner import Learner
@@ -28,5 +25,4 @@ def test_a_hole_with_a_token_that_the_policy_cannot_write_is_no_edge(float64, lo
         replace(whole, rollout=rollout), policy=never, learner=Learner(policy_loss=loss)
     )
     assert metrics["skipped_minibatches"] == 0
-    for leaf in jax.tree.leaves(eqx.filter((state.policy, metrics), eqx.is_inexact_array)):
-        assert jnp.isfinite(leaf).all()
+    assert_finite(state, metrics)
