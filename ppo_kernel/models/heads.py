@@ -11,10 +11,16 @@ from .transformer import Transformer, TransformerConfig
 
 
 class LanguageModel(eqx.Module):
-    """A policy: trunk and output matrix; `output` is None where it is the embedding (tied)."""
+    """A policy: a trunk and an output matrix.
+
+    Attributes:
+        trunk: tokens -> hidden states.
+        output: [in, out] like the weight of every `Linear`, which CPUs read faster in a decode
+            step than its transpose; None where it is the embedding (tied).
+    """
 
     trunk: Transformer
-    output: Float[Array, "V D"] | None
+    output: Float[Array, "D V"] | None
 
     @classmethod
     def init(cls, key: Key[Array, ""], config: TransformerConfig) -> "LanguageModel":
@@ -23,7 +29,7 @@ class LanguageModel(eqx.Module):
         trunk = Transformer.init(trunk_key, config)
         if config.tie_embeddings:
             return cls(trunk, None)
-        output = 0.02 * jax.random.normal(output_key, trunk.embedding.shape)
+        output = 0.02 * jax.random.normal(output_key, (config.hidden_size, config.vocab_size))
         return cls(trunk, output.astype(config.param_dtype))
 
     def hidden(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
@@ -33,8 +39,8 @@ class LanguageModel(eqx.Module):
     @jax.named_scope("unembed")
     def unembed(self, hidden: Float[Array, "C D"]) -> Float[Array, "C V"]:
         """Logits of each row of `hidden`."""
-        matrix = self.trunk.embedding if self.output is None else self.output
-        return hidden @ matrix.astype(hidden.dtype).T
+        matrix = self.trunk.embedding.T if self.output is None else self.output
+        return hidden @ matrix.astype(hidden.dtype)
 
     def prefill(
         self, tokens: Int[Array, "N P"], mask: Bool[Array, "N P"], capacity: int
