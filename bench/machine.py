@@ -1,5 +1,6 @@
 """What this machine can do, measured here and now through jitted JAX: the roofline's two lines."""
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
@@ -43,6 +44,18 @@ def seconds_of(call: Callable[[], object], rounds: int = 7) -> list[float]:
         jax.block_until_ready(call())
         times.append(time.perf_counter() - start)
     return times
+
+
+def medians_in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each call, one round of all after the other; a first one is not counted."""
+    seconds = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 @cache

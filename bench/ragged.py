@@ -8,9 +8,7 @@ of such a batch, cut to `response_widths`, beside that of a batch of full respon
 import argparse
 import json
 import math
-import statistics
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import equinox as eqx
@@ -24,6 +22,7 @@ from ppo_kernel.rollout import generate
 from ppo_kernel.types import Prompts
 
 from .cases import Case, build
+from .machine import medians_in_turns
 from .sizes import parse_size
 from .stages import learning
 
@@ -78,7 +77,7 @@ def run_learn(flags: argparse.Namespace) -> dict:
         "full": learning(full),
         "ragged": learning(replace(ragged, config=config), lengths),
     }
-    medians = _in_turns({name: stage.run for name, stage in stages.items()}, flags.rounds)
+    medians = medians_in_turns({name: stage.run for name, stage in stages.items()}, flags.rounds)
     tokens = size.batch * (size.prompt + length)
     return {
         "shape": flags.shape, "microbatch": flags.microbatch, "response_widths": widths,
@@ -107,7 +106,7 @@ def run_rollout(flags: argparse.Namespace) -> dict:
         "fixed": lambda: [fixed(policy, batch) for batch in batches],
         "continuous": lambda: continuous(policy, case.prompts),
     }
-    medians = _in_turns(runs, flags.rounds)
+    medians = medians_in_turns(runs, flags.rounds)
     steps = {
         "fixed": int(lengths.reshape(TURNS, -1).max(axis=1).sum()) - TURNS,
         "continuous": decode_steps(lengths, flags.slots, refill_size(flags.slots, 1)),
@@ -154,18 +153,6 @@ def _compiled(case: Case, policy: Ending, prompts: Prompts, **changes):
     start = time.perf_counter()
     compiled = sample.lower(policy, prompts).compile()
     return compiled, time.perf_counter() - start
-
-
-def _in_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, after one run that is not counted."""
-    seconds = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 if __name__ == "__main__":

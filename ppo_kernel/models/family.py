@@ -59,8 +59,9 @@ class Family:
     Attributes:
         model_type: the name.
         causal_lm, classifier: names of its two architectures in transformers.
-        to_config: (config.json, **types) -> our settings; raises ValueError for what we cannot
-            represent. The types are those of `TransformerConfig`.
+        to_config: (config.json, **ours) -> our settings; raises ValueError for what we cannot
+            represent. `ours` are those of `TransformerConfig` that no checkpoint decides: types,
+            and how the program is compiled.
         from_config: our settings -> the entries of config.json that they decide.
         trunk_weights: our settings -> the tensors of the trunk, in paths of a model with a `trunk`.
     """
@@ -88,8 +89,8 @@ class Family:
             ValueError: the family cannot express `config`; names the fields.
         """
         entries = self.from_config(config)
-        types = {name: getattr(config, name) for name in _TYPES}
-        ours, back = asdict(config), asdict(self.to_config(entries, **types))
+        own = {name: getattr(config, name) for name in _OURS}
+        ours, back = asdict(config), asdict(self.to_config(entries, **own))
         lost = [f"{name}={ours[name]!r}" for name in ours if ours[name] != back[name]]
         if lost:
             raise ValueError(
@@ -99,7 +100,7 @@ class Family:
         return entries
 
 
-_TYPES = ("param_dtype", "compute_dtype", "cache_dtype")
+_OURS = ("param_dtype", "compute_dtype", "cache_dtype", "remat", "unroll")
 
 _ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 

@@ -7,10 +7,10 @@ from .family import Family, decoder_weights, read_common, require, write_common
 from .transformer import TransformerConfig
 
 
-def to_config(entries: Mapping[str, Any], **types: Any) -> TransformerConfig:
+def to_config(entries: Mapping[str, Any], **ours: Any) -> TransformerConfig:
     """config.json -> our settings. Raises ValueError for what is not supported."""
     require(entries, attention_bias=False, mlp_bias=False)
-    return TransformerConfig(**read_common(entries, max_positions=2048), **types)
+    return TransformerConfig(**read_common(entries, max_positions=2048), **ours)
 
 
 def from_config(config: TransformerConfig) -> dict[str, Any]:

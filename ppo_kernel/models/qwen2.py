@@ -7,10 +7,10 @@ from .family import Family, decoder_weights, read_common, write_common
 from .transformer import TransformerConfig
 
 
-def to_config(entries: Mapping[str, Any], **types: Any) -> TransformerConfig:
+def to_config(entries: Mapping[str, Any], **ours: Any) -> TransformerConfig:
     """config.json -> our settings. Raises ValueError for what is not supported."""
     common = read_common(entries, max_positions=32_768)
-    return TransformerConfig(**common, qkv_bias=True, **types)
+    return TransformerConfig(**common, qkv_bias=True, **ours)
 
 
 def from_config(config: TransformerConfig) -> dict[str, Any]:

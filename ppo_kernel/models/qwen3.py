@@ -7,11 +7,11 @@ from .family import Family, decoder_weights, read_common, require, write_common
 from .transformer import TransformerConfig
 
 
-def to_config(entries: Mapping[str, Any], **types: Any) -> TransformerConfig:
+def to_config(entries: Mapping[str, Any], **ours: Any) -> TransformerConfig:
     """config.json -> our settings. Raises ValueError for what is not supported."""
     require(entries, attention_bias=False)
     common = read_common(entries, max_positions=32_768, head_dim=128)
-    return TransformerConfig(**common, qk_norm=True, **types)
+    return TransformerConfig(**common, qk_norm=True, **ours)
 
 
 def from_config(config: TransformerConfig) -> dict[str, Any]:

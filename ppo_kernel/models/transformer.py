@@ -48,6 +48,8 @@ class TransformerConfig:
             default keeps the projections and the mixed values, and computes the rest again (norms,
             rotations, attention weights, activations): less to write and read back. None keeps
             everything, `nothing_saveable` only the layer's input.
+        unroll: layers in one turn of the compiled loop. With more, programs take longer to compile
+            and small models less time to run.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -71,10 +73,11 @@ class TransformerConfig:
     compute_dtype: str = "float32"
     cache_dtype: str = "float32"
     remat: Callable | None = KEEP_PROJECTIONS
+    unroll: int = 1
 
     def __post_init__(self):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
-        for name in (*sizes, "num_kv_heads", "head_dim"):
+        for name in (*sizes, "num_kv_heads", "head_dim", "unroll"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.num_heads % self.num_kv_heads:
@@ -215,7 +218,7 @@ class Transformer(eqx.Module):
         if self.config.remat is not None:
             # A scan keeps its iterations apart, so nothing is merged back by XLA.
             apply = jax.checkpoint(apply, policy=self.config.remat, prevent_cse=False)
-        x, cached = jax.lax.scan(apply, self._embed(tokens), self.blocks)
+        x, cached = jax.lax.scan(apply, self._embed(tokens), self.blocks, unroll=self.config.unroll)
         return self.norm(x), cached
 
     def _embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:

@@ -1,13 +1,14 @@
 """Attention's own backward pass, and what a layer may keep for it."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 
-from ppo_kernel.models.attention import attend
-from ppo_kernel.models.transformer import KEEP_PROJECTIONS
+from ppo_kernel.models.attention import attend, attend_causally
 
 ROWS, KV_HEADS, GROUP, QUERIES, SLOTS, HEAD = 2, 3, 2, 4, 5, 6
 
@@ -69,16 +70,43 @@ def test_a_derivative_of_the_gradient_exists(float64):
     np.testing.assert_allclose(derivative(attend), derivative(formula), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("slots", [1, 48, 97, 203])
+def test_blocks_of_queries_equal_attention_over_the_whole_square(float64, slots):
+    rng = np.random.default_rng(slots)
+    query = jnp.asarray(rng.standard_normal((ROWS, KV_HEADS, GROUP, slots, HEAD)))
+    key, value = (jnp.asarray(rng.standard_normal((ROWS, KV_HEADS, slots, HEAD))) for _ in range(2))
+    # The first slot is valid, so that every query sees one: their own values else differ.
+    mask = jnp.asarray(rng.random((ROWS, slots)) < 0.7).at[:, 0].set(True)
+    causal = jnp.tril(jnp.ones((slots, slots), bool))[None] & mask[:, None]
+    cotangent = jnp.asarray(rng.standard_normal(query.shape))
+    for got, want in zip(
+        with_gradients(attend_causally, (query, key, value), mask, cotangent),
+        with_gradients(formula, (query, key, value), causal, cotangent),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_the_part_that_no_query_sees_is_not_computed():
+    """Four blocks of a quarter each: (1 + 2 + 3 + 4) / 16 of the logits of the square."""
+    heads, slots = jnp.zeros((1, 1, 1, 256, HEAD)), jnp.zeros((1, 1, 256, HEAD))
+    text = jax.jit(attend_causally).lower(heads, slots, slots, jnp.ones((1, 256), bool)).as_text()
+    products = re.findall(r"dot_general.*-> tensor<1x1x(?:1x)?64x(\d+)xf32>", text)
+    assert sorted(int(n) for n in products if int(n) != HEAD) == [64, 128, 192, 256]
+
+
 @pytest.mark.parametrize(
-    "remat", [None, jax.checkpoint_policies.nothing_saveable], ids=["everything", "nothing"]
+    "settings",
+    [{"remat": None}, {"remat": jax.checkpoint_policies.nothing_saveable}, {"unroll": 2}],
+    ids=["everything kept", "nothing kept", "unrolled"],
 )
-def test_what_a_layer_keeps_does_not_change_the_gradient(float64, remat):
+def test_how_the_layers_are_compiled_does_not_change_the_gradient(float64, settings):
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, 13, (2, 5)), jnp.int32)
     mask = jnp.asarray(rng.random((2, 5)) < 0.8)
 
-    def gradient(remat):
-        policy = oracle.draw_policy(oracle.trunk_config(remat=remat), np.random.default_rng(1))
+    def gradient(**settings):
+        policy = oracle.draw_policy(oracle.trunk_config(**settings), np.random.default_rng(1))
 
         def total(policy):
             hidden = jnp.sin(policy.hidden(tokens, mask))
@@ -86,7 +114,7 @@ def test_what_a_layer_keeps_does_not_change_the_gradient(float64, remat):
 
         return jax.tree.leaves(jax.grad(total)(policy))
 
-    for got, want in zip(gradient(remat), gradient(KEEP_PROJECTIONS), strict=True):
+    for got, want in zip(gradient(**settings), gradient(), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
 
 

@@ -73,10 +73,11 @@ def leaf_paths(model):
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_config_round_trip(name, settings):
-    config = TransformerConfig(**SIZES, **settings, param_dtype="bfloat16")
+    ours = {"param_dtype": "bfloat16", "remat": None, "unroll": 3}
+    config = TransformerConfig(**SIZES, **settings, **ours)
     family = FAMILIES[name]
     entries = json.loads(json.dumps(family.describe(config)))
-    assert family.to_config(entries, param_dtype="bfloat16") == config
+    assert family.to_config(entries, **ours) == config
     assert entries["dtype"] == entries["torch_dtype"] == "bfloat16"
 
 
