@@ -39,7 +39,8 @@ class Peer:
         self.name, self.rounds, self.warmups, self.error = name, [], [], None
         self.log = open(flags.logs / f"{name}.log", "w")  # noqa: SIM115 (closed with the process)
         command = [python[interpreter], "-m", module, "--shape", flags.shape]
-        command += ["--warmup", str(flags.warmup), "--rounds", str(flags.rounds)]
+        steps = flags.rounds * flags.steps_a_turn
+        command += ["--warmup", str(flags.warmup), "--rounds", str(steps)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
             cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
@@ -49,14 +50,16 @@ class Peer:
         """Wait for the rounds that compile; they are kept apart."""
         self.warmups = [answer for _ in range(count) if (answer := self._answer())]
 
-    def run_round(self) -> None:
-        """Start one round and wait for its answer."""
-        if self.error:
-            return
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        if answer := self._answer():
-            self.rounds.append(answer)
+    def take_turn(self, steps: int) -> None:
+        """Steps one after the other; the first of several finds cold caches and is not counted."""
+        for step in range(steps):
+            if self.error:
+                return
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+            answer = self._answer()
+            if answer and step >= min(1, steps - 1):
+                self.rounds.append(answer)
 
     def close(self) -> None:
         """End the process; a driver that waits for its turn ends by itself."""
@@ -94,7 +97,7 @@ def measure(flags: argparse.Namespace) -> list[Peer]:
             peers[-1].warm_up(flags.warmup)
         for _ in range(flags.rounds):
             for peer in peers:
-                peer.run_round()
+                peer.take_turn(flags.steps_a_turn)
     finally:
         for peer in peers:
             peer.close()
@@ -106,7 +109,7 @@ def _alone(name: str, flags: argparse.Namespace) -> Peer:
     try:
         peer.warm_up(flags.warmup)
         for _ in range(flags.rounds):
-            peer.run_round()
+            peer.take_turn(flags.steps_a_turn)
     finally:
         peer.close()
     return peer
@@ -116,7 +119,7 @@ def print_table(peers: list[Peer], flags: argparse.Namespace) -> None:
     """Medians, and each peer's as a multiple of ours: above 1 means ours is faster."""
     size, ours = parse_size(flags.shape), peers[0]
     tokens = size.batch * size.response
-    table = Table(title=f"{flags.shape}, float32, medians of {flags.rounds} alternating rounds")
+    table = Table(title=f"{flags.shape}, float32, medians, {flags.rounds} turns of each")
     for column in ("", "PPO step", "x ours", "rollout tokens/s", "ours x", "update", "warm-up"):
         table.add_column(column, justify="right" if column else "left")
     table.add_column("peak memory", justify="right")
@@ -152,7 +155,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="TINY", help="TINY, SMALL, QWEN05, or with changes")
     parser.add_argument("--peers", nargs="*", default=["tunix", "trl", "hf"], choices=DRIVERS)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each")
+    parser.add_argument("--steps-a-turn", type=int, default=3, help="the first is not counted")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--one-at-a-time", action="store_true", help="for sizes that fill memory")
     parser.add_argument("--tunix-python", default=os.environ.get("TUNIX_PYTHON", sys.executable))
