@@ -29,7 +29,7 @@ class LanguageModel(eqx.Module):
         trunk = Transformer.init(trunk_key, config)
         if config.tie_embeddings:
             return cls(trunk, None)
-        output = 0.02 * jax.random.normal(output_key, (config.hidden_size, config.vocab_size))
+        output = 0.02 * jax.random.normal(output_key, trunk.embedding.shape).T
         return cls(trunk, output.astype(config.param_dtype))
 
     def hidden(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
