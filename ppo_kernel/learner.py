@@ -84,58 +84,56 @@ class Learner:
 
 
 def optimizer_step(
-    models: PyTree,
-    optimizer_states: PyTree,
-    gradients: PyTree,
+    models: dict[str, PyTree],
+    optimizer_states: dict[str, PyTree],
+    gradients: dict[str, PyTree],
     sums: dict[str, Float[Array, ""]],
     hyperparams: Hyperparams,
     learner: Learner,
-) -> tuple[tuple[PyTree, PyTree], dict[str, Float[Array, ""]]]:
-    """One optimizer step of both models, or none where a number of it is not finite.
+) -> tuple[tuple[dict, dict], dict[str, Float[Array, ""]], Bool[Array, ""]]:
+    """One optimizer step of the models that have a gradient, or none where a number is not finite.
 
         g <- g min(1, max_grad_norm / |g|),   x <- x - learning_rate * direction(g)
 
     Args:
-        models, optimizer_states, gradients: a pair each, of the actor and of the critic.
-        sums: of the minibatch; a step also needs `tokens` > 0.
+        models, optimizer_states: of "actor" and "critic".
+        gradients: of one of them, or of both.
+        sums: of the minibatch, for the metrics.
         hyperparams: learning rates and bounds of the gradient norms.
         learner: the optimizers.
 
     Returns:
-        ((models, optimizer states), sums): the sums of a minibatch that was skipped are 0;
-        `grad_norm_actor`, `grad_norm_critic` and `applied` are added.
+        ((models, optimizer states), sums, applied): `grad_norm_actor` and `applied_actor` (1), or
+        those of the critic, are added to the sums; all are 0 where the step was left out.
     """
-    rates = (hyperparams.learning_rate_actor, hyperparams.learning_rate_critic)
-    limits = (hyperparams.max_grad_norm_actor, hyperparams.max_grad_norm_critic)
-    optimizers = (learner.actor_optimizer, learner.critic_optimizer)
-    norms = tuple(optax.tree.norm(gradient) for gradient in gradients)
-    numbers = (*norms, *rates, *(x for x in limits if x is not None), *sums.values())
-    applied = sums["tokens"] > 0
-    for number in numbers:
-        applied &= jnp.isfinite(number)
-
-    def step(model, state, gradient, norm, rate, limit, optimizer):
+    norms = {side: optax.tree.norm(gradient) for side, gradient in gradients.items()}
+    applied = jnp.all(jnp.stack([jnp.isfinite(x) for x in (*norms.values(), *sums.values())]))
+    for side, gradient in gradients.items():
+        norm, limit = norms[side], getattr(hyperparams, f"max_grad_norm_{side}")
         if limit is not None:
             scale = jnp.minimum(1.0, jnp.asarray(limit, norm.dtype) / jnp.maximum(norm, 1e-12))
-            gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
-        # Optax mixes types on purpose; a caller's strict promotion is for our own code.
-        with jax.numpy_dtype_promotion("standard"):
-            direction, new_state = optimizer.update(gradient, state, wide(model))
-        new_model = jax.tree.map(
-            lambda x, d: (at_least_float32(x) - jnp.asarray(rate, d.dtype) * d).astype(x.dtype),
-            model,
-            direction,
-        )
-        return _select(applied, (new_model, new_state), (model, state))
-
-    arguments = (models, optimizer_states, gradients, norms, rates, limits, optimizers)
-    stepped, states = zip(*(step(*each) for each in zip(*arguments, strict=True)), strict=True)
+            gradient = jax.tree.map(lambda g, scale=scale: g * scale.astype(g.dtype), gradient)
+        optimizer = getattr(learner, f"{side}_optimizer")
+        rate = getattr(hyperparams, f"learning_rate_{side}")
+        old = models[side], optimizer_states[side]
+        model, state = _select(applied, _moved(*old, gradient, rate, optimizer), old)
+        models, optimizer_states = models | {side: model}, optimizer_states | {side: state}
+    sums = sums | {f"grad_norm_{side}": norm for side, norm in norms.items()}
+    sums |= {f"applied_{side}": jnp.ones_like(norm) for side, norm in norms.items()}
     sums = _select(applied, sums, jax.tree.map(jnp.zeros_like, sums))
-    sums["grad_norm_actor"], sums["grad_norm_critic"] = (
-        jnp.where(applied, norm, 0.0) for norm in norms
-    )
-    sums["applied"] = jnp.where(applied, jnp.ones_like(sums["tokens"]), 0.0)
-    return (stepped, states), sums
+    return (models, optimizer_states), sums, applied
+
+
+def _moved(model, state, gradient, rate, optimizer):
+    """The model after x <- x - rate * direction, and the optimizer's new state."""
+    # Optax mixes types on purpose; a caller's strict promotion is for our own code.
+    with jax.numpy_dtype_promotion("standard"):
+        direction, state = optimizer.update(gradient, state, wide(model))
+
+    def move(x, d):
+        return (at_least_float32(x) - jnp.asarray(rate, d.dtype) * d).astype(x.dtype)
+
+    return jax.tree.map(move, model, direction), state
 
 
 def _select(condition: Bool[Array, ""], if_true: PyTree, if_false: PyTree) -> PyTree:

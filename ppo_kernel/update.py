@@ -1,16 +1,17 @@
 """Stage 5b: experience -> new train state. Epochs x minibatches x micro-batches, by scan."""
 
+from collections.abc import Callable
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from .config import Hyperparams, IterationConfig
-from .learner import Learner, TrainState, optimizer_step, wide
-from .losses import is_clipped
-from .ops.kl import is_clamped, k3
-from .ops.masked import masked_sum
-from .scoring import critic_values, full_sequences, response_logprobs, response_values
+from .gradients import minibatch_gradients
+from .learner import Learner, TrainState, optimizer_step
+from .models.heads import ValueHead
 from .sharding import Pin
 from .types import Experience, Metrics
 
@@ -66,8 +67,9 @@ def update(
 
     with the weights w of `config.reduction` over the whole minibatch, so that the sum over
     micro-batches is exact. Each model: clip by global norm, then x <- x - learning_rate *
-    direction. A minibatch is skipped (parameters, moments and counts stay) where a sum, gradient or
-    learning rate is not finite, and where no token is valid.
+    direction. A minibatch is skipped (parameters, moments and counts stay) where no token is valid
+    and where a hyper-parameter, target, sum or gradient is not finite. A separate critic steps
+    after the policy, so where only its own sum or gradient overflows, the policy has stepped.
     Source: Schulman et al. 2017, eq. 9 and algorithm 1.
 
     Args:
@@ -89,142 +91,68 @@ def update(
     order = minibatch_order(
         key, experience.rollout.sample_ids, config.num_epochs, config.num_minibatches
     )
-    size = config.microbatch_size or order.shape[1]
-    size = min(size, order.shape[1])
-    if order.shape[1] % size:
-        raise ValueError(
-            f"a minibatch of {order.shape[1]} sequences does not divide into micro-batches of "
-            f"{size}; choose a divisor."
-        )
-    models, static = eqx.partition((state.policy, state.critic), eqx.is_inexact_array)
+    models, static = eqx.partition(
+        {"actor": state.policy, "critic": state.critic}, eqx.is_inexact_array
+    )
+    # A head on the policy's trunk sends a gradient into it. Two models take their steps one after
+    # the other, each inside a `cond`, so that only one gradient is in memory at a time.
+    shared = isinstance(state.critic, ValueHead)
+    passes = (("actor", "critic"),) if shared else (("actor",), ("critic",))
 
     def one_step(carry, rows: Int[Array, " M"]):
-        models, optimizer_states = carry
         minibatch = pin(jax.tree.map(lambda x: x[rows], experience))
-        gradients, sums = _gradients(
-            models, static, minibatch, hyperparams, state.kl_coef,
-            config=config, learner=learner, size=size, pin=pin,
-        )  # fmt: skip
-        return optimizer_step(models, optimizer_states, gradients, sums, hyperparams, learner)
 
-    optimizer_states = (state.actor_optimizer_state, state.critic_optimizer_state)
+        def step(carry, sides: tuple[str, ...]):
+            models, optimizer_states = carry
+            gradients, sums = minibatch_gradients(
+                models, static, sides, minibatch, hyperparams, state.kl_coef,
+                config=config, learner=learner, pin=pin,
+            )  # fmt: skip
+            return optimizer_step(models, optimizer_states, gradients, sums, hyperparams, learner)
+
+        applied, sums = _is_ready(minibatch, hyperparams), {}
+        for sides in passes:
+            take = partial(step, sides=sides)
+            carry, part, applied = jax.lax.cond(applied, take, partial(_left_out, take), carry)
+            sums |= part
+        return carry, sums
+
+    optimizer_states = {
+        "actor": state.actor_optimizer_state, "critic": state.critic_optimizer_state
+    }  # fmt: skip
     carry, sums = jax.lax.scan(one_step, (models, optimizer_states), order)
     float_type = state.kl_coef.dtype
     bad = [jnp.sum(~jnp.isfinite(x), dtype=float_type) for x in jax.tree.leaves(carry[0])]
-    (policy, critic), (actor_state, critic_state) = eqx.combine(carry[0], static), carry[1]
+    models, optimizer_states = eqx.combine(carry[0], static), carry[1]
     state = TrainState(
-        policy, critic, actor_state, critic_state, state.key, state.iteration, state.kl_coef
-    )
+        models["actor"], models["critic"], optimizer_states["actor"], optimizer_states["critic"],
+        state.key, state.iteration, state.kl_coef,
+    )  # fmt: skip
     return state, _metrics(sums) | {"nonfinite_parameters": jnp.sum(jnp.stack(bad))}
 
 
-def _gradients(models, static, minibatch, hyperparams, kl_coef, *, config, learner, size, pin):
-    """Gradient of the minibatch loss and sums for the metrics, over its micro-batches."""
-    if config.response_widths:
-        # Neighbours of about one length share a micro-batch, so that it can be cut to their own.
-        order = jnp.argsort(minibatch.rollout.lengths)
-        minibatch = jax.tree.map(lambda x: x[order], minibatch)
-    weights = config.reduction(minibatch.rollout.mask)
+def _is_ready(minibatch: Experience, hyperparams: Hyperparams) -> Bool[Array, ""]:
+    """Whether a minibatch has a token, and finite numbers wherever that is known beforehand.
 
-    def loss(models, part: tuple[Experience, Float[Array, "m T"]]):
-        policy, critic = eqx.combine(models, static)
-        return _loss(policy, critic, *part, hyperparams, kl_coef, config=config, learner=learner)
-
-    def whole_width(part):
-        gradients, sums = jax.grad(loss, has_aux=True)(models, pin(part))
-        return wide(gradients), sums
-
-    def backward(part):
-        widths = [w for w in config.response_widths if w < weights.shape[1]]
-        branches = [lambda part, w=w: whole_width(_trimmed(part, w)) for w in widths]
-        if not branches:
-            return whole_width(part)
-        longest = jnp.max(part[0].rollout.lengths)
-        index = jnp.sum(longest > jnp.array(widths, longest.dtype), dtype=jnp.int32)
-        return jax.lax.switch(index, [*branches, whole_width], part)
-
-    whole = (minibatch, weights)
-    if len(weights) == size:
-        return backward(whole)
-    parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), whole)
-    first = jax.tree.map(lambda x: x[0], parts)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(backward, first))
-    total, _ = jax.lax.scan(
-        lambda total, part: (jax.tree.map(jnp.add, total, backward(part)), None), zeros, parts
-    )
-    return total
+    The policy's step is taken before the critic's loss is known, but not before its targets are.
+    """
+    mask = minibatch.rollout.mask
+    targets = [jnp.where(mask, x, 0.0) for x in (minibatch.returns, minibatch.old_values)]
+    finite = [jnp.all(jnp.isfinite(x)) for x in (*jax.tree.leaves(hyperparams), *targets)]
+    return jnp.any(mask) & jnp.all(jnp.stack(finite))
 
 
-def _trimmed(part: tuple[Experience, Float[Array, "m T"]], width: int):
-    """`part` without its response slots from `width` on."""
-    cut = jax.tree.map(lambda x: x[:, :width] if x.ndim == 2 else x, part)
-
-    def prompts(part):
-        return part[0].rollout.prompt_tokens, part[0].rollout.prompt_mask
-
-    return eqx.tree_at(prompts, cut, prompts(part))
-
-
-def _loss(policy, critic, part: Experience, weights, hyperparams, kl_coef, *, config, learner):
-    """Weighted loss of a micro-batch; sums of what the metrics report."""
-    rollout, mask = part.rollout, part.rollout.mask
-    tokens, valid = full_sequences(rollout)
-    hidden = policy.hidden(tokens, valid)
-    logprobs, entropies = response_logprobs(
-        policy, rollout, hidden,
-        temperature=hyperparams.temperature, chunk_size=config.logprob_chunk_size,
-    )  # fmt: skip
-    values, _ = response_values(critic_values(critic, tokens, valid, lambda: hidden), rollout)
-
-    def clean(x: Float[Array, "m T"]) -> Float[Array, "m T"]:
-        # Before any exp or product: 0 * inf at a masked place would poison the gradient.
-        return jnp.where(mask, x, 0.0).astype(logprobs.dtype)
-
-    weights, logprobs, old_logprobs = clean(weights), clean(logprobs), clean(part.old_logprobs)
-    advantages, values = clean(part.advantages), clean(values)
-    clip = {
-        "clip_ratio_low": hyperparams.clip_ratio_low,
-        "clip_ratio_high": hyperparams.clip_ratio_high,
-    }
-    policy_losses = learner.policy_loss(
-        logprobs, old_logprobs, advantages, **clip, dual_clip=hyperparams.dual_clip
-    )
-    value_losses = learner.value_loss(
-        values, clean(part.old_values), clean(part.returns), value_clip=hyperparams.value_clip
-    )
-    log_ratios = logprobs - clean(part.reference_logprobs)
-    steps = logprobs - old_logprobs
-    weighted = {
-        "actor_loss": jnp.sum(weights * policy_losses),
-        "critic_loss": jnp.sum(weights * value_losses),
-        "entropy_bonus": jnp.sum(weights * entropies),
-    }
-    loss = (
-        weighted["actor_loss"]
-        + jnp.asarray(hyperparams.value_coef, weights.dtype) * weighted["critic_loss"]
-        - jnp.asarray(hyperparams.entropy_coef, weights.dtype) * weighted["entropy_bonus"]
-    )
-    if config.loss_kl is not None:
-        weighted["kl_loss"] = jnp.sum(weights * config.loss_kl(log_ratios))
-        loss = loss + kl_coef.astype(weights.dtype) * weighted["kl_loss"]
-    sums = weighted | {
-        "tokens": masked_sum(jnp.ones_like(logprobs), mask),
-        "entropy": masked_sum(entropies, mask),
-        "approx_kl": masked_sum(k3(-steps), mask),
-        "clip_fraction": masked_sum(
-            is_clipped(logprobs, old_logprobs, advantages, **clip).astype(logprobs.dtype), mask
-        ),
-        "clamped_log_ratios": masked_sum(
-            (is_clamped(steps) | is_clamped(log_ratios)).astype(logprobs.dtype), mask
-        ),
-    }
-    return loss, sums
+def _left_out(step: Callable, carry):
+    """What `step` returns where it is not taken: nothing moves, all sums are 0."""
+    _, sums, _ = jax.eval_shape(step, carry)
+    return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums), jnp.array(False)
 
 
 def _metrics(sums: dict[str, Float[Array, " steps"]]) -> Metrics:
-    """Sums of every step -> means over valid tokens, or over the applied steps."""
+    """Sums of every step -> means over valid tokens, or over the applied steps of that model."""
     total = {name: jnp.sum(values) for name, values in sums.items()}
-    steps, applied = sums["applied"].shape[0], total.pop("applied")
+    steps = sums["applied_critic"].shape[0]
+    applied = {side: total.pop(f"applied_{side}") for side in ("actor", "critic")}
     tokens = jnp.maximum(total.pop("tokens"), 1.0)
     counters = ("clamped_log_ratios",)
     per_token = ("entropy", "approx_kl", "clip_fraction")
@@ -232,7 +160,8 @@ def _metrics(sums: dict[str, Float[Array, " steps"]]) -> Metrics:
     def reduced(name: str, value: Float[Array, ""]) -> Float[Array, ""]:
         if name in counters:
             return value
-        return value / (tokens if name in per_token else jnp.maximum(applied, 1.0))
+        steps = applied["critic" if "critic" in name else "actor"]
+        return value / (tokens if name in per_token else jnp.maximum(steps, 1.0))
 
     metrics = {name: reduced(name, value) for name, value in total.items()}
-    return metrics | {"skipped_minibatches": steps - applied}
+    return metrics | {"skipped_minibatches": steps - applied["critic"]}

@@ -72,23 +72,46 @@ def update(
     *,
     config: IterationConfig,
 ) -> tuple[TrainState, dict[str, float]]:
-    """One optimizer step for every row of `order`; one without a token, or with a gradient that
-    is not finite, is left out."""
-    applied, norms = [], []
+    """One optimizer step for every row of `order`, or none: see `_applied`."""
+    taken = {"actor": [], "critic": []}
     for rows in order:
         gradients = minibatch_gradients(state, experience, rows, hyperparams, config=config)
         pair = global_norm(gradients.policy), global_norm(gradients.critic)
-        if np.isfinite(pair).all() and gradients.counts["tokens"]:
-            state = _step(state, gradients, pair, hyperparams)
-            applied.append(gradients)
-            norms.append(pair)
-    metrics = _means([step.terms for step in applied], len(applied))
-    totals = _means([step.counts for step in applied], 1)
+        sides = _applied(gradients, pair, state, experience, rows)
+        state = _step(state, gradients, pair, sides, hyperparams)
+        for side in sides:
+            taken[side].append((gradients, pair))
+    actor, critic = taken["actor"], taken["critic"]
+    terms = [{k: x for k, x in g.terms.items() if k != "critic_loss"} for g, _ in actor]
+    metrics = _means(terms, len(actor))
+    metrics |= _means([{"critic_loss": g.terms["critic_loss"]} for g, _ in critic], len(critic))
+    metrics |= _means([{"grad_norm_actor": pair[0]} for _, pair in actor], len(actor))
+    metrics |= _means([{"grad_norm_critic": pair[1]} for _, pair in critic], len(critic))
+    totals = _means([g.counts for g, _ in actor], 1)
     tokens = totals.pop("tokens", 1)
     metrics |= {name: x if name in COUNTERS else x / tokens for name, x in totals.items()}
-    names = ("grad_norm_actor", "grad_norm_critic")
-    metrics |= _means([dict(zip(names, pair, strict=True)) for pair in norms], len(norms))
-    return state, metrics | {"skipped_minibatches": float(len(order) - len(applied))}
+    return state, metrics | {"skipped_minibatches": float(len(order) - len(critic))}
+
+
+def _applied(
+    gradients: MinibatchGradients,
+    norms: tuple[float, float],
+    state: TrainState,
+    experience: Experience,
+    rows: Int[np.ndarray, " M"],
+) -> tuple[str, ...]:
+    """Which models step: none without a token or with a target or gradient that is not finite.
+
+    A separate critic comes after the policy, so where its gradient alone is spoilt, the policy has
+    stepped.
+    """
+    mask = experience.rollout.mask[rows]
+    targets = experience.returns[rows][mask], experience.old_values[rows][mask]
+    ready = gradients.counts["tokens"] > 0 and all(np.isfinite(x).all() for x in targets)
+    actor, critic = ready and np.isfinite(norms[0]), ready and np.isfinite(norms).all()
+    if critic:
+        return "actor", "critic"
+    return ("actor",) if actor and state.critic.config is not None else ()
 
 
 def _means(numbers: list[dict[str, float]], count: int) -> dict[str, float]:
@@ -223,17 +246,22 @@ def _step(
     state: TrainState,
     gradients: MinibatchGradients,
     norms: tuple[float, float],
+    sides: tuple[str, ...],
     hyperparams: Hyperparams,
 ) -> TrainState:
-    policy, actor_moments = _adam(
-        state.policy, state.actor_moments, gradients.policy, norms[0],
-        hyperparams.max_grad_norm_actor, hyperparams.learning_rate_actor,
-    )  # fmt: skip
-    critic, critic_moments = _adam(
-        state.critic, state.critic_moments, gradients.critic, norms[1],
-        hyperparams.max_grad_norm_critic, hyperparams.learning_rate_critic,
-    )  # fmt: skip
-    return TrainState(policy, critic, actor_moments, critic_moments, state.kl_coef)
+    if "actor" in sides:
+        policy, moments = _adam(
+            state.policy, state.actor_moments, gradients.policy, norms[0],
+            hyperparams.max_grad_norm_actor, hyperparams.learning_rate_actor,
+        )  # fmt: skip
+        state = replace(state, policy=policy, actor_moments=moments)
+    if "critic" in sides:
+        critic, moments = _adam(
+            state.critic, state.critic_moments, gradients.critic, norms[1],
+            hyperparams.max_grad_norm_critic, hyperparams.learning_rate_critic,
+        )  # fmt: skip
+        state = replace(state, critic=critic, critic_moments=moments)
+    return state
 
 
 def _adam(

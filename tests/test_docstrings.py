@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "ppo_kernel"
 MODULES = (
     *("ops/kl", "ops/logprobs", "ops/masked", "ops/sampling", "rewards", "advantages", "losses"),
-    *("rollout", "scoring", "update", "iteration", "sharding", "models/base", "testing"),
+    *("rollout", "scoring", "gradients", "update", "iteration"),
+    *("sharding", "models/base", "testing"),
 )
 FORMULAS = {
     *("gae", "token_rewards", "adaptive_kl_coef", "k1", "k2", "k3", "whiten", "update"),

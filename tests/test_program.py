@@ -46,6 +46,19 @@ def test_the_state_is_donated(compiled_text):
     assert not policy.trunk.embedding.is_deleted(), "the reference must stay usable"
 
 
+def test_one_gradient_is_in_memory_at_a_time():
+    """That of a separate critic comes after the policy's has been used."""
+    width = {"hidden_size": 128, "intermediate_size": 1024, "num_layers": 4}
+    policy, critic = tiny.language_model(**width), tiny.value_model(**width)
+    hyperparams = Hyperparams()
+    state = tiny.start(hyperparams, policy=policy, critic=critic)
+    lowered = compile_iteration(config=tiny.iteration_config()).lower(
+        state, policy, tiny.prompts(), hyperparams, tiny.even_tokens
+    )
+    gradient = sum(x.nbytes for x in jax.tree.leaves(policy) if eqx.is_inexact_array(x))
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 1.6 * gradient
+
+
 def test_it_traces_once_whatever_the_coefficients():
     # Counted where it is called while tracing; a second trace raises.
     reward = chex.assert_max_traces(tiny.even_tokens, n=1)

@@ -131,19 +131,25 @@ def assert_gradients(state, experience, hyperparams, config):
         assert_near(np.asarray(metrics[name]), np.asarray(term), name)
 
 
-@drawn
-@given(
-    seed=seeds,
-    limits=st.tuples(*[st.floats(1e-3, 2.0)] * 2),
-    poisoned=st.sampled_from((None, 0, 3)),
+POISONS = {
+    "nothing": None, "no advantage": ("advantages", np.nan), "no return": ("returns", np.nan),
+    "overflow": ("returns", 1e200),
+}  # fmt: skip
+"""What spoils a minibatch; a finite target that overflows when squared spoils the critic alone."""
+
+
+@pytest.mark.parametrize(
+    ("name", "shared"), [*((name, False) for name in POISONS), ("overflow", True)]
 )
-@pytest.mark.filterwarnings("ignore:invalid value")
-def test_steps_equal_the_reference(float64, seed, limits, poisoned):
-    """Clipping, Adam and skips: an advantage that is not a number poisons its minibatch."""
+@drawn
+@given(seed=seeds, limits=st.tuples(*[st.floats(1e-3, 2.0)] * 2), row=st.sampled_from((0, 3)))
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
+def test_steps_equal_the_reference(float64, name, shared, seed, limits, row):
+    """Clipping, Adam and skips."""
     limits = dict(zip(("max_grad_norm_actor", "max_grad_norm_critic"), limits, strict=True))
-    state, experience, hyperparams = draw(seed, **limits)
-    if poisoned is not None:
-        experience = poison(experience, poisoned)
+    state, experience, hyperparams = draw(seed, shared=shared, **limits)
+    if POISONS[name] is not None:
+        experience = poison(experience, row, *POISONS[name])
     key = jax.random.key(KEY)
     after, metrics = compiled(STEPS, Learner())(state, experience, key, hyperparams)
     order = np.asarray(minibatch_order(key, experience.rollout.sample_ids, 2, 2))
@@ -165,16 +171,16 @@ def test_steps_equal_the_reference(float64, seed, limits, poisoned):
         assert_near(np.asarray(metrics[name]), np.asarray(number), name)
 
 
-def poison(experience, row):
-    """`experience` with a full response in that row, and a NaN advantage at its first token."""
+def poison(experience, row, field="advantages", value=np.nan):
+    """`experience` with a full response in that row, and a `value` at its first token."""
     rollout = experience.rollout
     rollout = replace(
         rollout,
         lengths=rollout.lengths.at[row].set(SHAPE[1]),
         mask=rollout.mask.at[row].set(True),
     )
-    advantages = experience.advantages.at[row, 0].set(jnp.nan)
-    return replace(experience, rollout=rollout, advantages=advantages)
+    spoilt = getattr(experience, field).at[row, 0].set(value)
+    return replace(experience, rollout=rollout, **{field: spoilt})
 
 
 @pytest.mark.parametrize("field", ["advantages", "returns"])

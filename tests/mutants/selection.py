@@ -43,6 +43,7 @@ CHECKS = {
     "advantages.py": (r"test_advantages\.py", twins("gae")),
     "losses.py": (r"test_losses\.py", twins("clipped_", "is_clipped")),
     "update.py": UPDATE,
+    "gradients.py": UPDATE,
     "learner.py": UPDATE,
     "rollout.py": (
         r"test_rollout_reference\.py",
