@@ -54,6 +54,39 @@ def _shifted(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
     return logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
 
 
+@jax.custom_vjp
+def _logprobs_and_entropies(
+    logits: Float[Array, "C V"], tokens: Int[Array, " C"]
+) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+    """`token_logprobs` and `entropy`, whose gradient reads the logits once and keeps nothing else.
+
+    dz = g (onehot(a) - p) - h p (log p + H),   g and h the gradients of log p(a) and of H
+    """
+    return token_logprobs(logits, tokens), entropy(logits)
+
+
+def _forward(logits, tokens):
+    outputs = token_logprobs(logits, tokens), entropy(logits)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    log_total = jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True))
+    return outputs, (logits, tokens, largest, log_total, outputs[1])
+
+
+def _backward(residuals, gradients):
+    logits, tokens, largest, log_total, entropies = residuals
+    logprob_slope, entropy_slope = (gradient[:, None] for gradient in gradients)
+    logp = logits - largest - log_total
+    probabilities = jnp.exp(logp)
+    taken = jax.nn.one_hot(tokens, logits.shape[-1], dtype=logp.dtype)
+    # A banned token has no probability: the where keeps 0 * -inf out.
+    surprise = jnp.where(jnp.isneginf(logp), 0.0, logp) + entropies[:, None]
+    towards = logprob_slope * (taken - probabilities)
+    return towards - entropy_slope * probabilities * surprise, None
+
+
+_logprobs_and_entropies.defvjp(_forward, _backward)
+
+
 def logprobs_from_hidden(
     hidden: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
@@ -87,7 +120,7 @@ def logprobs_from_hidden(
     def head(hidden: Float[Array, "B t D"], tokens: Int[Array, "B t"]):
         logits = at_least_float32(unembed(hidden.reshape(-1, hidden.shape[-1])))
         logits = logits / jnp.asarray(temperature).astype(logits.dtype)
-        logprobs, entropies = token_logprobs(logits, tokens.reshape(-1)), entropy(logits)
+        logprobs, entropies = _logprobs_and_entropies(logits, tokens.reshape(-1))
         return logprobs.reshape(tokens.shape), entropies.reshape(tokens.shape)
 
     if chunk_size is None:

@@ -56,6 +56,23 @@ def test_gradients_are_finite_and_those_of_the_softmax(z, tokens):
     np.testing.assert_allclose(slope, -p * surprise, *TOLERANCES["float32"])
 
 
+@given(logits((8, VOCABULARY)), token_ids((8,), VOCABULARY))
+def test_the_joint_gradient_is_that_of_its_parts(float64, z, tokens):
+    """Banned tokens included, taken or not."""
+    z, tokens = jnp.asarray(z), jnp.asarray(tokens)
+
+    def joint(z):
+        logprobs, entropies = logprobs_from_hidden(
+            z[None], tokens[None], lambda rows: rows, temperature=1.0
+        )
+        return jnp.sum(2.0 * jnp.exp(logprobs) - 3.0 * entropies)
+
+    def parts(z):
+        return jnp.sum(2.0 * jnp.exp(token_logprobs(z, tokens)) - 3.0 * entropy(z))
+
+    np.testing.assert_allclose(jax.grad(joint)(z), jax.grad(parts)(z), *TOLERANCES["float64"])
+
+
 def test_a_likely_token_keeps_its_digits_under_large_logits():
     z, rare = jnp.array([1000.0, 992.0]), np.exp(-8) / (1 + np.exp(-8))
     np.testing.assert_allclose(token_logprobs(z, jnp.array(0)), np.log1p(-rare), rtol=1e-3)
