@@ -249,18 +249,18 @@ def _step(
     sides: tuple[str, ...],
     hyperparams: Hyperparams,
 ) -> TrainState:
-    if "actor" in sides:
-        policy, moments = _adam(
-            state.policy, state.actor_moments, gradients.policy, norms[0],
-            hyperparams.max_grad_norm_actor, hyperparams.learning_rate_actor,
+    parts = {
+        "actor": ("policy", gradients.policy, norms[0]),
+        "critic": ("critic", gradients.critic, norms[1]),
+    }
+    for side in sides:
+        name, gradient, norm = parts[side]
+        model, moments = _adam(
+            getattr(state, name), getattr(state, f"{side}_moments"), gradient, norm,
+            getattr(hyperparams, f"max_grad_norm_{side}"),
+            getattr(hyperparams, f"learning_rate_{side}"),
         )  # fmt: skip
-        state = replace(state, policy=policy, actor_moments=moments)
-    if "critic" in sides:
-        critic, moments = _adam(
-            state.critic, state.critic_moments, gradients.critic, norms[1],
-            hyperparams.max_grad_norm_critic, hyperparams.learning_rate_critic,
-        )  # fmt: skip
-        state = replace(state, critic=critic, critic_moments=moments)
+        state = replace(state, **{name: model, f"{side}_moments": moments})
     return state
 
 
