@@ -84,7 +84,7 @@ def minibatch_gradients(
         return backward(whole)
     parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), whole)
     first = jax.tree.map(lambda x: x[0], parts)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(backward, first))
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(backward, first))
     total, _ = jax.lax.scan(
         lambda total, part: (jax.tree.map(jnp.add, total, backward(part)), None), zeros, parts
     )

@@ -145,13 +145,13 @@ def _is_ready(minibatch: Experience, hyperparams: Hyperparams) -> Bool[Array, ""
 def _left_out(step: Callable, carry):
     """What `step` returns where it is not taken: nothing moves, all sums are 0."""
     _, sums, _ = jax.eval_shape(step, carry)
-    return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums), jnp.array(False)
+    return carry, jax.tree.map(jnp.zeros_like, sums), jnp.array(False)
 
 
 def _metrics(sums: dict[str, Float[Array, " steps"]]) -> Metrics:
     """Sums of every step -> means over valid tokens, or over the applied steps of that model."""
     total = {name: jnp.sum(values) for name, values in sums.items()}
-    steps = sums["applied_critic"].shape[0]
+    minibatches = len(sums["applied_critic"])
     applied = {side: total.pop(f"applied_{side}") for side in ("actor", "critic")}
     tokens = jnp.maximum(total.pop("tokens"), 1.0)
     counters = ("clamped_log_ratios",)
@@ -160,8 +160,9 @@ def _metrics(sums: dict[str, Float[Array, " steps"]]) -> Metrics:
     def reduced(name: str, value: Float[Array, ""]) -> Float[Array, ""]:
         if name in counters:
             return value
-        steps = applied["critic" if "critic" in name else "actor"]
-        return value / (tokens if name in per_token else jnp.maximum(steps, 1.0))
+        if name in per_token:
+            return value / tokens
+        return value / jnp.maximum(applied["critic" if "critic" in name else "actor"], 1.0)
 
     metrics = {name: reduced(name, value) for name, value in total.items()}
-    return metrics | {"skipped_minibatches": steps - applied["critic"]}
+    return metrics | {"skipped_minibatches": minibatches - applied["critic"]}
