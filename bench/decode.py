@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_kernel.models import LanguageModel
+from ppo_kernel.models.layers import for_few_rows, times_transposed
 
 from .cases import build
 from .machine import medians_in_turns
@@ -15,45 +16,62 @@ from .sizes import parse_size
 from .stages import prepare
 
 
-def bare_products(policy: LanguageModel, rows: int, *, transposed: bool):
-    """A call that multiplies `rows` with every matrix of a step, each waiting for the one before.
+def bare_products(policy: LanguageModel, rows: int, form: str, steps: int):
+    """A call that multiplies `rows` with every matrix of a step, each after the one before.
 
     Args:
         policy: whose matrices.
         rows: sequences.
-        transposed: whether the matrices lie in memory as [out, in].
+        form: one of `FORMS`.
+        steps: how often, in a compiled loop, before which the matrices are laid out.
     """
+    lay_out, head_times = FORMS[form]
+    head = policy.trunk.embedding if policy.output is None else policy.output
 
-    def lay_out(matrix):
-        return jax.block_until_ready(jnp.asarray(matrix.T if transposed else matrix, copy=True))
+    def run(blocks, head, x):
+        layers = []
+        for index in range(policy.trunk.config.num_layers):
+            block = jax.tree.map(lambda leaf, i=index: leaf[i], blocks)
+            attention, mlp = block.attention, block.mlp
+            layers.append((
+                lay_out(attention.query, attention.key, attention.value), lay_out(attention.output),
+                lay_out(mlp.gate, mlp.up), lay_out(mlp.down),
+            ))  # fmt: skip
+        unembed = head_times(head)
 
-    def times(x, matrix):
-        return x @ (matrix.T if transposed else matrix)
+        def step(_, x):
+            for inputs, output, gate_and_up, down in layers:
+                query, key, value = inputs(x)
+                x = x + output(query + jnp.sum(key + value))[0]
+                gate, up = gate_and_up(x)
+                x = x + down(gate * up)[0]
+            # Whatever makes the next step wait for the logits, and keeps the numbers finite.
+            return x / (1.0 + jnp.max(jnp.abs(x)) + jnp.max(unembed(x)))
 
-    config, blocks = policy.trunk.config, policy.trunk.blocks
-    matrices = {
-        name: layer.weight
-        for part in (blocks.attention, blocks.mlp)
-        for name, layer in vars(part).items()
-        if hasattr(layer, "weight") and layer.weight.ndim == 3
-    }
-    layers = [
-        {name: lay_out(stack[index]) for name, stack in matrices.items()}
-        for index in range(config.num_layers)
-    ]
-    head = lay_out(policy.trunk.embedding.T if policy.output is None else policy.output)
+        return jax.lax.fori_loop(0, steps, step, x)
 
-    def step(x, layers, head):
-        for layer in layers:
-            key, value = times(x, layer["key"]), times(x, layer["value"])
-            mixed = times(x, layer["query"]) + jnp.sum(key + value)
-            x = x + times(mixed, layer["output"])
-            x = x + times(times(x, layer["gate"]) * times(x, layer["up"]), layer["down"])
-        return times(x, head)
+    x = jnp.full((rows, policy.trunk.config.hidden_size), 1e-3, policy.trunk.config.compute_dtype)
+    compiled = jax.jit(run)
+    return lambda: compiled(policy.trunk.blocks, head, x)
 
-    x = jnp.full((rows, config.hidden_size), 1e-3, config.compute_dtype)
-    compiled = jax.jit(step)
-    return lambda: compiled(x, layers, head)
+
+def _transposed(*layers):
+    """Every layer by itself, its matrix in memory as [out, in]."""
+    matrices = jax.lax.optimization_barrier([layer.weight.T for layer in layers])
+    return lambda x: tuple(x @ matrix.T for matrix in matrices)
+
+
+def _head_in_out(matrix):
+    matrix = jax.lax.optimization_barrier(matrix.T)
+    return lambda x: x @ matrix
+
+
+FORMS = {
+    "in_out": (lambda *layers: lambda x: tuple(layer(x) for layer in layers), _head_in_out),
+    "out_in": (_transposed, lambda matrix: lambda x: x @ matrix.T),
+    "few_rows": (for_few_rows, lambda matrix: lambda x: times_transposed(x, matrix)),
+}
+"""Name -> how layers of one input multiply, and the head: plain, plain, as the kernel does."""
 
 
 def main() -> None:
@@ -65,21 +83,21 @@ def main() -> None:
     flags = parser.parse_args()
     size = parse_size(flags.shape)
     case = build(size, flags.dtype)
+    steps = size.response - 1
     medians = medians_in_turns(
         {
             "rollout": prepare("rollout", case).run,
             "first_token": prepare("rollout", build(replace(size, response=1), flags.dtype)).run,
-            "in_out": bare_products(case.reference, size.batch, transposed=False),
-            "out_in": bare_products(case.reference, size.batch, transposed=True),
-        },
+        }
+        | {form: bare_products(case.reference, size.batch, form, steps) for form in FORMS},
         flags.rounds,
     )
-    step = (medians["rollout"] - medians["first_token"]) / (size.response - 1)
-    bare = min(medians["in_out"], medians["out_in"])
+    step = (medians["rollout"] - medians["first_token"]) / steps
+    bare = {form: medians[form] / steps for form in FORMS}
     report = {
         "shape": flags.shape, "dtype": flags.dtype, "step_ms": round(1e3 * step, 3),
-        "bare_ms": {name: round(1e3 * medians[name], 3) for name in ("in_out", "out_in")},
-        "ratio": round(step / bare, 3), "device": jax.devices()[0].device_kind,
+        "bare_ms": {form: round(1e3 * seconds, 3) for form, seconds in bare.items()},
+        "ratio": round(step / min(bare.values()), 3), "device": jax.devices()[0].device_kind,
     }  # fmt: skip
     print(json.dumps(report))
 

@@ -144,8 +144,7 @@ def parameters_of(model) -> dict:
     ]
     parameters = {"embedding": trunk.embedding, "layers": layers, "norm": trunk.norm.weight}
     if isinstance(model, LanguageModel):
-        # One row a token id, as the embedding it may be tied to.
-        return parameters | {"output": None if model.output is None else model.output.T}
+        return parameters | {"output": model.output}
     return parameters | {"head": model.head.weight}
 
 

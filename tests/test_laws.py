@@ -141,7 +141,7 @@ def test_law_4_float32_tokens_are_the_same_wherever_the_margin_allows():
     np.testing.assert_array_equal(same_noise, noise[rows])
     hidden = eqx.filter_jit(policy.hidden)(*full_sequences(base))
     hidden = predicting_slots(hidden, config.max_new_tokens)
-    edges = jnp.cumsum(jax.nn.softmax(hidden @ policy.output), axis=-1)[..., :-1]
+    edges = jnp.cumsum(jax.nn.softmax(hidden @ policy.output.T), axis=-1)[..., :-1]
     margin = jnp.min(jnp.abs(edges - noise[..., 1:]), axis=-1)
     # After one unclear draw the rest of a response may be another one.
     clear = np.cumprod((margin > 1e-5) | ~base.mask, axis=1).astype(bool)[rows]

@@ -86,8 +86,9 @@ def decode_loop(text: str) -> str:
     return max((computations[name] for name in bodies), key=len)
 
 
-def test_the_decode_loop_copies_neither_weights_nor_cache():
-    policy = tiny.language_model(hidden_size=64, intermediate_size=96, head_dim=16)
+@pytest.mark.parametrize("width", [64, 1024], ids=["plain products", "matrices laid out"])
+def test_the_decode_loop_copies_neither_weights_nor_cache(width):
+    policy = tiny.language_model(hidden_size=width, intermediate_size=width + 32, head_dim=16)
     config = GenerationConfig(max_new_tokens=40, eos_token_ids=(1,))
     lowered = eqx.filter_jit(generate).lower(
         policy, tiny.prompts(), jax.random.key(0), config=config
@@ -95,7 +96,7 @@ def test_the_decode_loop_copies_neither_weights_nor_cache():
     body = decode_loop(lowered.compile().compiled.as_text())
     cache = "[8,2,43,16]"
     assert cache in body, "the body holds the cache"
-    smallest_matrix = 64 * 32
+    smallest_matrix = width * 32
     for line in body.splitlines():
         match = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = \w+\[([\d,]*)\]\S* ([\w\-]+)\(", line)
         if match is None or not match.group(1):

@@ -1,5 +1,6 @@
 """Grouped-query attention: over a whole sequence, and one token against the cache."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import equinox as eqx
@@ -10,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..ops.masked import at_least_float32
 from .kv_cache import write_slot
-from .layers import Linear, RMSNorm, rotate
+from .layers import Linear, RMSNorm, for_few_rows, rotate
 
 
 class Attention(eqx.Module):
@@ -32,10 +33,11 @@ class Attention(eqx.Module):
         frequencies: Float[Array, " half"],
     ) -> tuple[Float[Array, "*batch H E"], Float[Array, "*batch K E"], Float[Array, "*batch K E"]]:
         """Queries, keys (both rotated) and values of each token."""
-        query, key, value = (
-            layer(x).reshape(*x.shape[:-1], -1, self.head_dim)
-            for layer in (self.query, self.key, self.value)
-        )
+        projected = (self.query(x), self.key(x), self.value(x))
+        return self._by_head(projected, positions, frequencies)
+
+    def _by_head(self, projected: tuple[Array, ...], positions, frequencies):
+        query, key, value = (x.reshape(*x.shape[:-1], -1, self.head_dim) for x in projected)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         return rotate(query, positions, frequencies), rotate(key, positions, frequencies), value
@@ -59,27 +61,37 @@ class Attention(eqx.Module):
         mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1)
         return self.output(mixed), key, value
 
-    @jax.named_scope("attention")
-    def decode(
-        self,
-        x: Float[Array, "B D"],
-        positions: Int[Array, " B"],
-        frequencies: Float[Array, " half"],
-        keys: Float[Array, "B K S E"],
-        values: Float[Array, "B K S E"],
-        mask: Bool[Array, "B S"],
-        slot: Int[Array, ""],
-    ) -> tuple[Float[Array, "B D"], Float[Array, "B K S E"], Float[Array, "B K S E"]]:
-        """One token a row against the cache; returns the buffers with `slot` written."""
-        query, key, value = self.project(x, positions, frequencies)
-        keys, values = write_slot(keys, key, slot), write_slot(values, value, slot)
-        mixed = attend(
-            self._grouped(query)[:, :, :, None],
-            keys.astype(x.dtype),
-            values.astype(x.dtype),
-            mask[:, None, :],
-        )
-        return self.output(mixed.reshape(x.shape[0], -1)), keys, values
+    def decoder(self) -> Callable:
+        """One token a row against the cache; asked for once, outside the decode loop.
+
+        It takes rows [B, D], their positions, the rotary frequencies, the buffers of keys and
+        values [B, K, S, E], their mask [B, S] and the slot to write, and returns rows [B, D] and
+        the buffers with the slot written.
+        """
+        inputs = for_few_rows(self.query, self.key, self.value)
+        output = for_few_rows(self.output)
+
+        @jax.named_scope("attention")
+        def apply(
+            x: Float[Array, "B D"],
+            positions: Int[Array, " B"],
+            frequencies: Float[Array, " half"],
+            keys: Float[Array, "B K S E"],
+            values: Float[Array, "B K S E"],
+            mask: Bool[Array, "B S"],
+            slot: Int[Array, ""],
+        ) -> tuple[Float[Array, "B D"], Float[Array, "B K S E"], Float[Array, "B K S E"]]:
+            query, key, value = self._by_head(inputs(x), positions, frequencies)
+            keys, values = write_slot(keys, key, slot), write_slot(values, value, slot)
+            mixed = attend(
+                self._grouped(query)[:, :, :, None],
+                keys.astype(x.dtype),
+                values.astype(x.dtype),
+                mask[:, None, :],
+            )
+            return output(mixed.reshape(x.shape[0], -1))[0], keys, values
+
+        return apply
 
     def _grouped(self, query: Float[Array, "*batch H E"]) -> Float[Array, "*batch K group E"]:
         return query.reshape(*query.shape[:-2], self.num_kv_heads, -1, self.head_dim)

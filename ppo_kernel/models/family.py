@@ -75,7 +75,7 @@ class Family:
 
     def causal_lm_weights(self, config: TransformerConfig) -> tuple[Weight, ...]:
         """The tensors of a `LanguageModel`."""
-        head = () if config.tie_embeddings else (Weight("lm_head.weight", "output", "transposed"),)
+        head = () if config.tie_embeddings else (Weight("lm_head.weight", "output"),)
         return (*self.trunk_weights(config), *head)
 
     def classifier_weights(self, config: TransformerConfig) -> tuple[Weight, ...]:

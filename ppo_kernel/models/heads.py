@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..ops.masked import at_least_float32
 from .base import Cache, Decoder
+from .layers import times_transposed
 from .transformer import Transformer, TransformerConfig
 
 
@@ -15,12 +16,11 @@ class LanguageModel(eqx.Module):
 
     Attributes:
         trunk: tokens -> hidden states.
-        output: [in, out] like the weight of every `Linear`, which CPUs read faster in a decode
-            step than its transpose; None where it is the embedding (tied).
+        output: one row a token id, like the embedding; None where it is the embedding (tied).
     """
 
     trunk: Transformer
-    output: Float[Array, "D V"] | None
+    output: Float[Array, "V D"] | None
 
     @classmethod
     def init(cls, key: Key[Array, ""], config: TransformerConfig) -> "LanguageModel":
@@ -29,7 +29,7 @@ class LanguageModel(eqx.Module):
         trunk = Transformer.init(trunk_key, config)
         if config.tie_embeddings:
             return cls(trunk, None)
-        output = 0.02 * jax.random.normal(output_key, trunk.embedding.shape).T
+        output = 0.02 * jax.random.normal(output_key, trunk.embedding.shape)
         return cls(trunk, output.astype(config.param_dtype))
 
     def hidden(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
@@ -39,8 +39,8 @@ class LanguageModel(eqx.Module):
     @jax.named_scope("unembed")
     def unembed(self, hidden: Float[Array, "C D"]) -> Float[Array, "C V"]:
         """Logits of each row of `hidden`."""
-        matrix = self.trunk.embedding.T if self.output is None else self.output
-        return hidden @ matrix.astype(hidden.dtype)
+        matrix = self.trunk.embedding if self.output is None else self.output
+        return times_transposed(hidden, matrix.astype(hidden.dtype))
 
     def prefill(
         self, tokens: Int[Array, "N P"], mask: Bool[Array, "N P"], capacity: int

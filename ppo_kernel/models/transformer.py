@@ -180,24 +180,25 @@ class Transformer(eqx.Module):
 
     def decoder(self) -> Decoder:
         """The decode step, over layers taken apart once so that the loop copies no weights."""
-        layers = [
+        blocks = [
             jax.tree.map(lambda x, i=index: x[i], self.blocks)
             for index in range(self.config.num_layers)
         ]
+        layers = [(block, block.attention.decoder(), block.mlp.decoder()) for block in blocks]
 
         def step(tokens: Int[Array, " B"], cache: KVCache):
             x = self._embed(tokens)
             cache = cache.open_slot()
             keys, values = [], []
-            for block, layer_keys, layer_values in zip(
+            for (block, attention, mlp), layer_keys, layer_values in zip(
                 layers, cache.keys, cache.values, strict=True
             ):
-                mixed, layer_keys, layer_values = block.attention.decode(
+                mixed, layer_keys, layer_values = attention(
                     block.attention_norm(x), cache.positions, self._frequencies(),
                     layer_keys, layer_values, cache.mask, cache.slot,
                 )  # fmt: skip
                 x = x + mixed
-                x = x + block.mlp(block.mlp_norm(x))
+                x = x + mlp(block.mlp_norm(x))
                 keys.append(layer_keys)
                 values.append(layer_values)
             return self.norm(x), cache.close_slot(keys, values)

@@ -1,0 +1,93 @@
+"""Large matrices times the few rows of a decode step: another form, the same numbers."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from ppo_kernel.models.layers import Linear, for_few_rows, times_transposed
+from ppo_kernel.rollout import generate
+
+WIDE = {"hidden_size": 512, "intermediate_size": 320, "num_heads": 8, "head_dim": 64}
+"""Query, key and value together, gate and up together, and the output have more than 2^18 weights;
+`down` has fewer, so both kinds meet in one layer."""
+
+
+def drawn(shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 8, 15, 16, 64, 65])
+def test_layers_side_by_side_equal_numpy(rows):
+    x, sizes = drawn((rows, 384)), (512, 128, 256)
+    layers = [
+        Linear(jnp.asarray(drawn((384, size), size)), jnp.asarray(bias))
+        for size, bias in zip(sizes, (drawn(512, 1), drawn(128, 2), drawn(256, 3)), strict=True)
+    ]
+    layers[1] = Linear(layers[1].weight)
+    got = jax.jit(lambda x: for_few_rows(*layers)(x))(x)
+    for part, layer in zip(got, layers, strict=True):
+        bias = 0.0 if layer.bias is None else np.asarray(layer.bias, np.float64)
+        want = np.float64(x) @ np.asarray(layer.weight, np.float64) + bias
+        np.testing.assert_allclose(part, want, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("rows", [3, 8, 40, 100])
+def test_the_product_and_its_gradient_equal_the_plain_ones(rows):
+    x, weight = drawn((rows, 512)), drawn((600, 512), 1)
+    along = jnp.asarray(drawn((rows, 600), 2))
+
+    def product(x, weight):
+        return jnp.sum(along * times_transposed(x, weight))
+
+    value, gradients = jax.jit(jax.value_and_grad(product, (0, 1)))(x, weight)
+    wide = [np.asarray(a, np.float64) for a in (x, weight, along)]
+    np.testing.assert_allclose(value, np.sum(wide[2] * (wide[0] @ wide[1].T)), rtol=1e-4)
+    np.testing.assert_allclose(gradients[0], wide[2] @ wide[1], rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(gradients[1], wide[2].T @ wide[0], rtol=1e-5, atol=1e-3)
+
+
+def test_other_types_get_the_plain_product(float64):
+    x, weight = drawn((8, 512)), drawn((600, 512), 1)
+    for dtype, bound in (("float64", 1e-12), ("bfloat16", 0.02)):
+        got = times_transposed(jnp.asarray(x, dtype), jnp.asarray(weight, dtype))
+        assert got.dtype == dtype
+        want = np.float64(x) @ np.float64(weight).T
+        error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+        assert error < bound
+
+
+@pytest.mark.parametrize("rows", [3, 8, 20])
+@pytest.mark.parametrize("settings", [{"qkv_bias": True, "num_kv_heads": 2}, {"qk_norm": True}])
+def test_a_wide_model_token_by_token_equals_whole_sequences(rows, settings):
+    policy = tiny.language_model(**WIDE | settings)
+    policy = jax.tree.map(lambda x: x + 0.02 * drawn(x.shape) if x.ndim == 2 else x, policy)
+    tokens = jax.random.randint(jax.random.key(1), (rows, 7), 0, tiny.VOCABULARY, jnp.int32)
+    mask = jnp.ones((rows, 7), bool).at[0, :2].set(False)
+
+    @jax.jit
+    def token_by_token(policy):
+        hidden, cache = policy.prefill(tokens[:, :3], mask[:, :3], 7)
+        step, states = policy.decoder(), [hidden]
+        for t in range(3, 7):
+            hidden, cache = step(tokens[:, t], cache)
+            states.append(hidden)
+        return jnp.stack(states, axis=1)
+
+    want = jax.jit(lambda policy: policy.hidden(tokens, mask))(policy)[:, 2:]
+    np.testing.assert_allclose(token_by_token(policy), want, atol=2e-4)
+
+
+def test_a_wide_model_with_a_queue_draws_the_same_tokens():
+    policy, batch = tiny.language_model(**WIDE), tiny.prompts()
+    key = jax.random.key(2)
+    fixed, queued = (
+        eqx.filter_jit(generate)(
+            policy, batch, key, config=tiny.generation(max_new_tokens=6, decode_slots=slots)
+        )
+        for slots in (None, 4)
+    )
+    np.testing.assert_array_equal(fixed.tokens, queued.tokens)
+    np.testing.assert_allclose(fixed.logprobs, queued.logprobs, atol=1e-4)
