@@ -15,7 +15,9 @@ from .ops.masked import wider_type
 from .types import Prompts
 
 Read: TypeAlias = Callable[..., tuple[Float[Array, "B D"], Cache]]
-"""(tokens [n, P], mask [n, P]) -> what predicts the first token of n * G rows, and their cache."""
+"""(tokens [n, P], mask [n, P]) -> what predicts the first token of n * G rows, and their cache.
+
+It has room for T - 1 decode steps, or for as many as a third argument says."""
 
 Drawn: TypeAlias = tuple[
     Int[Array, " B"], Float[Array, " B"], Float[Array, " B"], Bool[Array, " B"]

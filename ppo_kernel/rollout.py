@@ -1,12 +1,15 @@
 """Stage 1: prompts -> rollout. A batched prefill, then a compiled decode-and-sample loop."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from .config import GenerationConfig
 from .continuous import Draw, Drawn, Read, Written, blank, decode_queue
-from .models.base import Cache, Decoder, Policy
+from .models.base import Cache, Decoder, GrowingPolicy, Policy
 from .ops.logprobs import token_logprobs
 from .ops.masked import at_least_float32
 from .ops.sampling import ban_tokens, restrict_logits, sample_tokens, sampling_noise
@@ -62,8 +65,8 @@ def generate(
     if noise.shape != (rows, length, 2):
         raise ValueError(f"noise must have shape {(rows, length, 2)}, got {noise.shape}.")
 
-    def read(tokens: Int[Array, "n P"], mask: Bool[Array, "n P"]):
-        return _repeat(policy.prefill(tokens, mask, width + length - 1), samples)
+    def read(tokens: Int[Array, "n P"], mask: Bool[Array, "n P"], steps: int = length - 1):
+        return _repeat(policy.prefill(tokens, mask, width + steps), samples)
 
     def draw(
         hidden: Float[Array, "X D"], noise: Float[Array, "X 2"], t: Int[Array, "*rows"]
@@ -74,7 +77,8 @@ def generate(
 
     parts = (read, draw, policy.decoder(), prompts, noise)
     if config.decode_slots is None or config.decode_slots >= rows:
-        written = _decode(*parts, config=config)
+        grow = policy.grow if isinstance(policy, GrowingPolicy) else None
+        written = _decode(*parts, config=config, grow=grow)
     else:
         written = decode_queue(*parts, config=config, queues=queues)
     tokens, mask, logprobs, behaviour_logprobs = written
@@ -119,12 +123,17 @@ def _decode(
     noise: Float[Array, "B T 2"],
     *,
     config: GenerationConfig,
+    grow: Callable[[Cache, int], Cache] | None,
 ) -> Written:
     """Draw and step the whole batch until every row has ended.
 
-    The first token comes from the prefill, and the last one is never read.
+    The first token comes from the prefill, and the last one is never read. With `grow` long
+    responses are decoded in up to four loops, each with a cache that has room up to its own end,
+    so that attention reads few slots that are not written yet.
     """
     rows, length, _ = noise.shape
+    loops = min(4, max(1, length // _LEAST_STEPS)) if grow else 1
+    ends = [(length - 1) * n // loops for n in range(1, loops + 1)]
 
     def write(hidden, t, done, written):
         tokens, logprobs, behaviour, is_eos = draw(hidden, noise[:, t], t)
@@ -142,16 +151,26 @@ def _decode(
         tokens, done, written = write(hidden, t, done, written)
         return t + 1, tokens, cache, done, written
 
-    def unfinished(carry):
+    def unfinished(carry, end: int):
         t, _, _, done, _ = carry
-        return (t < length) & ~jnp.all(done)
+        return (t <= end) & ~jnp.all(done)
 
-    hidden, cache = read(prompts.tokens, prompts.mask)
+    hidden, cache = read(prompts.tokens, prompts.mask, ends[0])
     written = blank((rows, length), hidden.dtype, config.pad_token_id)
     first = write(hidden, jnp.zeros((), jnp.int32), jnp.zeros(rows, bool), written)
     tokens, done, written = first
-    start = (jnp.ones((), jnp.int32), tokens, cache, done, written)
-    return jax.lax.while_loop(unfinished, one_token, start)[-1]
+    t = jnp.ones((), jnp.int32)
+    for index, end in enumerate(ends):
+        if grow is not None and index:
+            cache = grow(cache, prompts.tokens.shape[1] + end)
+        t, tokens, cache, done, written = jax.lax.while_loop(
+            partial(unfinished, end=end), one_token, (t, tokens, cache, done, written)
+        )
+    return written
+
+
+_LEAST_STEPS = 64
+"""Decode steps: a shorter loop of its own saves less than it takes to compile."""
 
 
 def _repeat(cache: Cache, samples: int) -> Cache:

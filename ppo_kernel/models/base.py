@@ -1,4 +1,4 @@
-"""What a model must offer to be trained here: three small protocols.
+"""What a model must offer to be trained here: a few small protocols.
 
 Every leaf of a model is an array or is left alone: inexact arrays are trained, everything else
 (integers, functions, settings) is carried along unchanged. Any `eqx.Module` will do.
@@ -60,6 +60,18 @@ class Policy(Protocol):
 
         It is asked for once, outside the loop: the place to lay weights out for decoding.
         """
+        ...
+
+
+@runtime_checkable
+class GrowingPolicy(Policy, Protocol):
+    """A policy whose cache can be given room for more slots while it is in use.
+
+    A long response is then decoded with a cache that is not much longer than what is written.
+    """
+
+    def grow(self, cache: Cache, capacity: int) -> Cache:
+        """`cache`, all its slots written, with room for `capacity` of them."""
         ...
 
 

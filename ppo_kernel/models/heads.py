@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..ops.masked import at_least_float32
 from .base import Cache, Decoder
+from .kv_cache import KVCache
 from .layers import times_transposed
 from .transformer import Transformer, TransformerConfig
 
@@ -47,6 +48,10 @@ class LanguageModel(eqx.Module):
     ) -> tuple[Float[Array, "N D"], Cache]:
         """Hidden state of the last slot, and the cache; arguments as in `Policy`."""
         return self.trunk.prefill(tokens, mask, capacity)
+
+    def grow(self, cache: KVCache, capacity: int) -> KVCache:
+        """The cache with room for `capacity` slots; arguments as in `GrowingPolicy`."""
+        return cache.grown(capacity)
 
     def decoder(self) -> Decoder:
         """The decode step of the trunk."""

@@ -61,6 +61,24 @@ class KVCache(eqx.Module):
             prompt_width=length,
         )
 
+    def grown(self, capacity: int) -> "KVCache":
+        """The cache with room for `capacity` slots, no fewer; where it was full, it goes on there.
+
+        Only before any slot is written a second time.
+        """
+        before = self.mask.shape[1]
+
+        def pad(x: Array, axis: int) -> Array:
+            return jnp.pad(x, [(0, capacity - before if i == axis else 0) for i in range(x.ndim)])
+
+        return replace(
+            self,
+            keys=tuple(pad(x, 2) for x in self.keys),
+            values=tuple(pad(x, 2) for x in self.values),
+            mask=pad(self.mask, 1),
+            slot=jnp.where(jnp.any(self.mask[:, -1]), before, self.slot),
+        )
+
     def open_slot(self) -> "KVCache":
         """The cache with its next slot marked as holding a token."""
         opened = jnp.ones((self.mask.shape[0], 1), bool)

@@ -1,0 +1,80 @@
+"""Long responses are decoded in a few loops, whose cache grows: less to read, the same tokens."""
+
+import equinox as eqx
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from ppo_kernel.models import LanguageModel
+from ppo_kernel.rollout import generate
+
+LENGTH = 4 * 64 + 3
+
+
+class WholePolicy(eqx.Module):
+    """A policy that cannot let its cache grow, so that it has all its slots from the start."""
+
+    model: LanguageModel
+
+    def hidden(self, tokens, mask):
+        return self.model.hidden(tokens, mask)
+
+    def unembed(self, hidden):
+        return self.model.unembed(hidden)
+
+    def prefill(self, tokens, mask, capacity):
+        return self.model.prefill(tokens, mask, capacity)
+
+    def decoder(self):
+        return self.model.decoder()
+
+
+@pytest.mark.parametrize("eos_token_ids", [(), (1,), (1, 2, 3, 4)], ids=["never", "late", "early"])
+def test_a_growing_cache_changes_nothing(float64, eos_token_ids):
+    config = tiny.generation(
+        max_new_tokens=LENGTH, eos_token_ids=eos_token_ids, samples_per_prompt=2
+    )
+    run = eqx.filter_jit(generate)
+    model, batch, key = tiny.language_model(), tiny.prompts((3, 1, 4)), jax.random.key(4)
+    got = run(model, batch, key, config=config)
+    want = run(WholePolicy(model), batch, key, config=config)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_array_equal(got.mask, want.mask)
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-12)
+    longest = int(got.lengths.max())
+    assert longest == LENGTH if not eos_token_ids else longest < LENGTH
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"),
+    [
+        (1, [0]),
+        (127, [126]),
+        (128, [63, 127]),
+        (259, [64, 129, 193, 258]),
+        (1000, [249, 499, 749, 999]),
+    ],
+)
+def test_each_loop_has_room_up_to_its_own_end(length, steps, monkeypatch):
+    capacities = []
+    decoder = LanguageModel.decoder
+
+    def watched(self):
+        step = decoder(self)
+
+        def noted(tokens, cache):
+            capacities.append(cache.mask.shape[1])
+            return step(tokens, cache)
+
+        return noted
+
+    monkeypatch.setattr(LanguageModel, "decoder", watched)
+    config = tiny.generation(max_new_tokens=length)
+    batch = tiny.prompts()
+    jax.eval_shape(
+        lambda policy, key: generate(policy, batch, key, config=config),
+        tiny.language_model(), jax.random.key(0),
+    )  # fmt: skip
+    width = batch.tokens.shape[1]
+    assert list(dict.fromkeys(capacities)) == [width + end for end in steps]
