@@ -41,7 +41,11 @@ class Linear(eqx.Module):
 
 
 def for_few_rows(*layers: Linear) -> Callable[[Float[Array, "B in"]], tuple[Array, ...]]:
-    """Layers of one input as one product, its matrix laid out once for many decode steps."""
+    """Layers of one input as one product, its matrix laid out once for many decode steps.
+
+    Small ones stay as they are: their weights lie in a cache from one step to the next, where
+    every form is as fast.
+    """
     if sum(layer.weight.size for layer in layers) < _LARGE:
         return lambda x: tuple(layer(x) for layer in layers)
     # The barrier keeps XLA from undoing the layout inside the loop.
@@ -62,7 +66,7 @@ def for_few_rows(*layers: Linear) -> Callable[[Float[Array, "B in"]], tuple[Arra
 def times_transposed(
     x: Float[Array, "rows in"], weight: Float[Array, "out in"]
 ) -> Float[Array, "rows out"]:
-    """x W^T, in the form that reads a large W fastest where there are few rows.
+    """x W^T, in the form that reads W fastest where there are few rows.
 
     XLA's product on CPUs first packs the right operand, here all of W, which takes longer than to
     multiply it with a few rows. With W on the left nothing of it is packed; between six and
@@ -79,13 +83,13 @@ def times_transposed(
         # Without the barrier XLA would turn the operands around again.
         return jax.lax.optimization_barrier(jnp.einsum("oi,bi->ob", weight, x)).T
 
-    if weight.size < _LARGE or x.shape[0] > 64 or x.dtype != jnp.float32:
+    if x.shape[0] > 64 or x.dtype != jnp.float32:
         return plain(x, weight)
     return jax.lax.platform_dependent(x, weight, cpu=unpacked, default=plain)
 
 
 _LARGE = 2**18
-"""Weights: fewer stay in a cache from one decode step to the next, where every form is as fast."""
+"""Weights: 1 MB in float32, about what a core's own cache holds."""
 
 
 class RMSNorm(eqx.Module):
