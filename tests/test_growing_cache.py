@@ -73,3 +73,10 @@ def test_each_loop_has_room_up_to_its_own_end(length, steps, monkeypatch):
     )  # fmt: skip
     width = batch.tokens.shape[1]
     assert list(dict.fromkeys(capacities)) == [width + end for end in steps]
+
+
+def test_a_cache_does_not_shrink():
+    batch = tiny.prompts()
+    _, cache = tiny.language_model().prefill(batch.tokens, batch.mask, 9)
+    with pytest.raises(ValueError, match="a cache of 9 slots cannot grow to 8"):
+        cache.grown(8)

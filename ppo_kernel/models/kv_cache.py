@@ -65,8 +65,13 @@ class KVCache(eqx.Module):
         """The cache with room for `capacity` slots, no fewer; where it was full, it goes on there.
 
         Only before any slot is written a second time.
+
+        Raises:
+            ValueError: it has more slots already.
         """
         before = self.mask.shape[1]
+        if capacity < before:
+            raise ValueError(f"a cache of {before} slots cannot grow to {capacity}.")
 
         def pad(x: Array, axis: int) -> Array:
             return jnp.pad(x, [(0, capacity - before if i == axis else 0) for i in range(x.ndim)])
