@@ -68,10 +68,10 @@ def times_transposed(
 ) -> Float[Array, "rows out"]:
     """x W^T, in the form that reads W fastest where there are few rows.
 
-    XLA's product on CPUs first packs the right operand, here all of W, which takes longer than to
-    multiply it with a few rows. With W on the left nothing of it is packed; between six and
-    fifteen rows its sum of products is faster still. Other devices, and other types, get the plain
-    product.
+    XLA's product on CPUs reads its right operand slowly, as if it were packed anew in every call.
+    With W on the left it takes up to a third less time; between six and fifteen rows a sum of
+    products is mostly faster still (bench/RESULTS.md). Other devices, other types and more rows get
+    the plain product.
     """
 
     def plain(x, weight):

@@ -49,14 +49,15 @@ def test_the_product_and_its_gradient_equal_the_plain_ones(rows):
     np.testing.assert_allclose(gradients[1], wide[2].T @ wide[0], rtol=1e-5, atol=1e-3)
 
 
-def test_other_types_get_the_plain_product(float64):
-    x, weight = drawn((8, 512)), drawn((600, 512), 1)
-    for dtype, bound in (("float64", 1e-12), ("bfloat16", 0.02)):
-        got = times_transposed(jnp.asarray(x, dtype), jnp.asarray(weight, dtype))
-        assert got.dtype == dtype
-        want = np.float64(x) @ np.float64(weight).T
-        error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
-        assert error < bound
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(8, "float64"), (20, "float64"), (8, "bfloat16"), (65, "float32")]
+)
+def test_other_types_and_more_rows_get_the_plain_product(float64, rows, dtype):
+    x, weight = (jnp.asarray(drawn(shape), dtype) for shape in ((rows, 512), (600, 512)))
+    assert "platform_index" not in str(jax.make_jaxpr(times_transposed)(x, weight))
+    got = jax.jit(times_transposed)(x, weight)
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, jax.jit(lambda x, weight: x @ weight.T)(x, weight))
 
 
 @pytest.mark.parametrize("rows", [3, 8, 20])
