@@ -1,6 +1,6 @@
 """Grouped-query attention: over a whole sequence, and one token against the cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import equinox as eqx
@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..ops.masked import at_least_float32
 from .kv_cache import write_slot
-from .layers import Linear, RMSNorm, for_few_rows, rotate
+from .layers import Linear, RMSNorm, Rotation, for_few_rows, rotate, side_by_side
 
 
 class Attention(eqx.Module):
@@ -29,29 +29,27 @@ class Attention(eqx.Module):
     def project(
         self,
         x: Float[Array, "*batch D"],
-        positions: Int[Array, "*batch"],
-        frequencies: Float[Array, " half"],
+        rotation: Rotation,
     ) -> tuple[Float[Array, "*batch H E"], Float[Array, "*batch K E"], Float[Array, "*batch K E"]]:
         """Queries, keys (both rotated) and values of each token."""
-        projected = (self.query(x), self.key(x), self.value(x))
-        return self._by_head(projected, positions, frequencies)
+        projected = side_by_side(x, (self.query, self.key, self.value))
+        return self._by_head(projected, rotation)
 
-    def _by_head(self, projected: tuple[Array, ...], positions, frequencies):
+    def _by_head(self, projected: Sequence[Array], rotation: Rotation):
         query, key, value = (x.reshape(*x.shape[:-1], -1, self.head_dim) for x in projected)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        return rotate(query, positions, frequencies), rotate(key, positions, frequencies), value
+        return rotate(query, rotation), rotate(key, rotation), value
 
     @jax.named_scope("attention")
     def __call__(
         self,
         x: Float[Array, "B S D"],
         mask: Bool[Array, "B S"],
-        positions: Int[Array, "B S"],
-        frequencies: Float[Array, " half"],
+        rotation: Rotation,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B S K E"], Float[Array, "B S K E"]]:
         """Causal attention over the valid slots; also the keys and values, for a cache."""
-        query, key, value = self.project(x, positions, frequencies)
+        query, key, value = self.project(x, rotation)
         mixed = attend_causally(
             self._grouped(query).transpose(0, 2, 3, 1, 4),
             key.swapaxes(1, 2),
@@ -64,9 +62,9 @@ class Attention(eqx.Module):
     def decoder(self) -> Callable:
         """One token a row against the cache; asked for once, outside the decode loop.
 
-        It takes rows [B, D], their positions, the rotary frequencies, the buffers of keys and
-        values [B, K, S, E], their mask [B, S] and the slot to write, and returns rows [B, D] and
-        the buffers with the slot written.
+        It takes rows [B, D], their rotation, the buffers of keys and values [B, K, S, E], their
+        mask [B, S] and the slot to write, and returns rows [B, D] and the buffers with the slot
+        written.
         """
         inputs = for_few_rows(self.query, self.key, self.value)
         output = for_few_rows(self.output)
@@ -74,14 +72,13 @@ class Attention(eqx.Module):
         @jax.named_scope("attention")
         def apply(
             x: Float[Array, "B D"],
-            positions: Int[Array, " B"],
-            frequencies: Float[Array, " half"],
+            rotation: Rotation,
             keys: Float[Array, "B K S E"],
             values: Float[Array, "B K S E"],
             mask: Bool[Array, "B S"],
             slot: Int[Array, ""],
         ) -> tuple[Float[Array, "B D"], Float[Array, "B K S E"], Float[Array, "B K S E"]]:
-            query, key, value = self._by_head(inputs(x), positions, frequencies)
+            query, key, value = self._by_head(inputs(x), rotation)
             keys, values = write_slot(keys, key, slot), write_slot(values, value, slot)
             mixed = attend(
                 self._grouped(query)[:, :, :, None],

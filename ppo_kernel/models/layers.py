@@ -1,6 +1,7 @@
 """The parts of a decoder-only Transformer that look at one token at a time."""
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
@@ -34,10 +35,64 @@ class Linear(eqx.Module):
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         # One matrix product over flattened rows: its weight gradient then contracts one axis,
         # which CPUs and GPUs do much faster than two.
-        rows = x.reshape(-1, x.shape[-1]) @ self.weight.astype(x.dtype)
+        rows = product(x.reshape(-1, x.shape[-1]), self.weight.astype(x.dtype))
         if self.bias is not None:
             rows = rows + self.bias.astype(x.dtype)[None]
         return rows.reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def product(x: Float[Array, "rows in"], weight: Float[Array, "in out"]) -> Float[Array, "rows out"]:
+    """x W, whose weight gradient has its longer side last: x^T dy, or (dy^T x)^T.
+
+    XLA's CPU backend computes a product of few columns and many terms at half its usual speed
+    (bench/RESULTS.md). Forward-mode derivatives alone do not exist.
+    """
+    return x @ weight
+
+
+def _product_forward(x, weight):
+    return x @ weight, (x, weight)
+
+
+def _product_backward(residuals, gradient):
+    x, weight = residuals
+
+    def plain(x, gradient):
+        return x.T @ gradient
+
+    def turned(x, gradient):
+        # Without the barrier XLA would turn it back.
+        return jax.lax.optimization_barrier(gradient.T @ x).T
+
+    if gradient.shape[1] >= min(x.shape[1], _MANY_COLUMNS):
+        return gradient @ weight.T, plain(x, gradient)
+    weight_gradient = jax.lax.platform_dependent(x, gradient, cpu=turned, default=plain)
+    return gradient @ weight.T, weight_gradient
+
+
+product.defvjp(_product_forward, _product_backward)
+
+_MANY_COLUMNS = 512
+"""Columns of a product: from here on more do not make it faster."""
+
+
+def side_by_side(
+    x: Float[Array, "*batch in"], layers: tuple[Linear, ...]
+) -> list[Float[Array, "*batch out"]]:
+    """What each of these layers makes of `x`, by one product; all have a bias or none has one.
+
+    One product of many columns is faster than several of few, and so are its gradients.
+    """
+    weight = jnp.concatenate([layer.weight for layer in layers], axis=1)
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    joint = Linear(weight, jnp.concatenate(biases) if biases else None)
+    return jnp.split(joint(x), _ends(layers), axis=-1)
+
+
+def _ends(layers: tuple[Linear, ...]) -> np.ndarray:
+    """Where the columns of each layer end, but for the last."""
+    return np.cumsum([layer.weight.shape[1] for layer in layers])[:-1]
 
 
 def for_few_rows(*layers: Linear) -> Callable[[Float[Array, "B in"]], tuple[Array, ...]]:
@@ -50,10 +105,9 @@ def for_few_rows(*layers: Linear) -> Callable[[Float[Array, "B in"]], tuple[Arra
         return lambda x: tuple(layer(x) for layer in layers)
     # The barrier keeps XLA from undoing the layout inside the loop.
     weight = jax.lax.optimization_barrier(jnp.concatenate([x.weight.T for x in layers]))
-    ends = np.cumsum([x.weight.shape[1] for x in layers])[:-1]
 
     def apply(x: Float[Array, "B in"]) -> tuple[Array, ...]:
-        parts = jnp.split(times_transposed(x, weight.astype(x.dtype)), ends, axis=1)
+        parts = jnp.split(times_transposed(x, weight.astype(x.dtype)), _ends(layers), axis=1)
         biases = [layer.bias for layer in layers]
         return tuple(
             part if bias is None else part + bias.astype(x.dtype)[None]
@@ -114,7 +168,7 @@ class GatedMLP(eqx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(gated(self.gate(x), self.up(x)))
 
     def decoder(self) -> Callable[[Float[Array, "B D"]], Float[Array, "B D"]]:
         """The same for the few rows of a decode step; asked for once, outside the loop."""
@@ -128,30 +182,73 @@ class GatedMLP(eqx.Module):
         return apply
 
 
-def rotate(
-    x: Float[Array, "*batch X E"],
-    positions: Int[Array, "*batch"],
-    frequencies: Float[Array, " half"],
-) -> Float[Array, "*batch X E"]:
+@jax.custom_vjp
+def gated(gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:
+    """silu(gate) * up, whose gradient reads `gate` and `up` alone.
+
+        s = sigmoid(g),   dg = dy u s (1 + g (1 - s)),   du = dy g s
+
+    XLA's CPU backend would keep s as one more array, to be written once and read three times, where
+    computing it again costs less. Forward-mode derivatives alone do not exist.
+    """
+    return jax.nn.silu(gate) * up
+
+
+def _gated_forward(gate, up):
+    return jax.nn.silu(gate) * up, (gate, up)
+
+
+def _gated_backward(residuals, gradient):
+    gate, up = residuals
+    gate = _anew(gate)
+    s = jax.nn.sigmoid(gate)
+    gate_gradient = gradient * up * s * (1.0 + gate * (1.0 - s))
+    return gate_gradient, gradient * jax.nn.silu(_anew(gate))
+
+
+gated.defvjp(_gated_forward, _gated_backward)
+
+
+def _anew(x: Array) -> Array:
+    """`x`, with what is computed from it computed again, on CPUs."""
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+Rotation: TypeAlias = tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]
+"""Cosines and sines of the angles by which the tokens of a batch are turned."""
+
+
+def rotation_of(positions: Int[Array, "*batch"], frequencies: Float[Array, " half"]) -> Rotation:
+    """cos and sin of position * frequency, for all layers at once.
+
+    Args:
+        positions: of each token.
+        frequencies: radians a position, E/2 of them.
+
+    Returns:
+        At least float32.
+    """
+    frequencies = at_least_float32(frequencies).reshape((1,) * positions.ndim + (-1,))
+    angles = positions.astype(frequencies.dtype)[..., None] * frequencies
+    # Without the barrier XLA would compute them again for every head of every layer.
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+
+
+def rotate(x: Float[Array, "*batch X E"], rotation: Rotation) -> Float[Array, "*batch X E"]:
     """Rotary position embedding with explicit positions, in the half-split layout.
 
-        (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin),   angle = position * frequency
+        (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)
 
     Source: Su et al. 2021, eq. 34, with the pairing (i, i + E/2) that published checkpoints use.
 
     Args:
         x: queries or keys, any number of heads X.
-        positions: of each token.
-        frequencies: radians a position, E/2 of them.
+        rotation: of each token.
 
     Returns:
-        Same shape and type as `x`; the angles are in at least float32.
+        Same shape and type as `x`; computed in at least float32.
     """
-    frequencies = at_least_float32(frequencies)
-    angles = positions.astype(frequencies.dtype)[..., None, None] * frequencies.reshape(
-        (1,) * (x.ndim - 1) + (-1,)
-    )
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = (part[..., None, :] for part in rotation)
     first, second = jnp.split(at_least_float32(x), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from .attention import KEPT, Attention
 from .base import Cache, Decoder
 from .kv_cache import KVCache
-from .layers import GatedMLP, Linear, RMSNorm
+from .layers import GatedMLP, Linear, RMSNorm, Rotation, rotation_of
 
 
 @dataclass(frozen=True)
@@ -189,13 +189,14 @@ class Transformer(eqx.Module):
         def step(tokens: Int[Array, " B"], cache: KVCache):
             x = self._embed(tokens)
             cache = cache.open_slot()
+            rotation = self._rotation(cache.positions)
             keys, values = [], []
             for (block, attention, mlp), layer_keys, layer_values in zip(
                 layers, cache.keys, cache.values, strict=True
             ):
                 mixed, layer_keys, layer_values = attention(
-                    block.attention_norm(x), cache.positions, self._frequencies(),
-                    layer_keys, layer_values, cache.mask, cache.slot,
+                    block.attention_norm(x), rotation, layer_keys, layer_values,
+                    cache.mask, cache.slot,
                 )  # fmt: skip
                 x = x + mixed
                 x = x + mlp(block.mlp_norm(x))
@@ -207,12 +208,10 @@ class Transformer(eqx.Module):
 
     def _forward(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]):
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-        frequencies = self._frequencies()
+        rotation = self._rotation(positions)
 
         def apply(x: Float[Array, "B S D"], block: Block):
-            mixed, keys, values = block.attention(
-                block.attention_norm(x), mask, positions, frequencies
-            )
+            mixed, keys, values = block.attention(block.attention_norm(x), mask, rotation)
             x = x + mixed
             return x + block.mlp(block.mlp_norm(x)), (keys, values)
 
@@ -225,8 +224,9 @@ class Transformer(eqx.Module):
     def _embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
         return self.embedding[tokens].astype(self.config.compute_dtype)
 
-    def _frequencies(self) -> Float[Array, " half"]:
-        return jnp.asarray(self.config.rope_frequencies(), jnp.result_type(float))
+    def _rotation(self, positions: Int[Array, "*batch"]) -> Rotation:
+        frequencies = self.config.rope_frequencies()
+        return rotation_of(positions, jnp.asarray(frequencies, jnp.result_type(float)))
 
 
 def cast_floating(tree, dtype: str):
