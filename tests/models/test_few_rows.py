@@ -34,9 +34,10 @@ def test_layers_side_by_side_equal_numpy(rows):
         np.testing.assert_allclose(part, want, rtol=1e-5, atol=2e-4)
 
 
+@pytest.mark.parametrize("inputs", [512, 800])
 @pytest.mark.parametrize("rows", [3, 8, 40, 100])
-def test_the_product_and_its_gradient_equal_the_plain_ones(rows):
-    x, weight = drawn((rows, 512)), drawn((600, 512), 1)
+def test_the_product_and_its_gradient_equal_the_plain_ones(rows, inputs):
+    x, weight = drawn((rows, inputs)), drawn((600, inputs), 1)
     along = jnp.asarray(drawn((rows, 600), 2))
 
     def product(x, weight):
