@@ -66,8 +66,9 @@ def _product_backward(residuals, gradient):
         return jax.lax.optimization_barrier(gradient.T @ x).T
 
     if gradient.shape[1] >= min(x.shape[1], _MANY_COLUMNS):
-        return gradient @ weight.T, plain(x, gradient)
-    weight_gradient = jax.lax.platform_dependent(x, gradient, cpu=turned, default=plain)
+        weight_gradient = plain(x, gradient)
+    else:
+        weight_gradient = jax.lax.platform_dependent(x, gradient, cpu=turned, default=plain)
     return gradient @ weight.T, weight_gradient
 
 
@@ -80,14 +81,16 @@ _MANY_COLUMNS = 512
 def side_by_side(
     x: Float[Array, "*batch in"], layers: tuple[Linear, ...]
 ) -> list[Float[Array, "*batch out"]]:
-    """What each of these layers makes of `x`, by one product; all have a bias or none has one.
+    """What each of these layers makes of `x`, by one product.
 
     One product of many columns is faster than several of few, and so are its gradients.
     """
-    weight = jnp.concatenate([layer.weight for layer in layers], axis=1)
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    joint = Linear(weight, jnp.concatenate(biases) if biases else None)
-    return jnp.split(joint(x), _ends(layers), axis=-1)
+    weight, bias = jnp.concatenate([layer.weight for layer in layers], axis=1), None
+    if any(layer.bias is not None for layer in layers):
+        zeros = [jnp.zeros(layer.weight.shape[1], weight.dtype) for layer in layers]
+        pairs = zip(layers, zeros, strict=True)
+        bias = jnp.concatenate([zero if x.bias is None else x.bias for x, zero in pairs])
+    return jnp.split(Linear(weight, bias)(x), _ends(layers), axis=-1)
 
 
 def _ends(layers: tuple[Linear, ...]) -> np.ndarray:
