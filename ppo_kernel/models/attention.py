@@ -1,6 +1,6 @@
 """Grouped-query attention: over a whole sequence, and one token against the cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import equinox as eqx
@@ -35,7 +35,7 @@ class Attention(eqx.Module):
         projected = side_by_side(x, (self.query, self.key, self.value))
         return self._by_head(projected, rotation)
 
-    def _by_head(self, projected: Sequence[Array], rotation: Rotation):
+    def _by_head(self, projected: tuple[Array, ...], rotation: Rotation):
         query, key, value = (x.reshape(*x.shape[:-1], -1, self.head_dim) for x in projected)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)

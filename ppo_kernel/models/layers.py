@@ -78,24 +78,24 @@ _MANY_COLUMNS = 512
 """Columns of a product: from here on more do not make it faster."""
 
 
-def side_by_side(
-    x: Float[Array, "*batch in"], layers: tuple[Linear, ...]
-) -> list[Float[Array, "*batch out"]]:
+def side_by_side(x: Float[Array, "*batch in"], layers: tuple[Linear, ...]) -> tuple[Array, ...]:
     """What each of these layers makes of `x`, by one product.
 
     One product of many columns is faster than several of few, and so are its gradients.
     """
-    weight, bias = jnp.concatenate([layer.weight for layer in layers], axis=1), None
-    if any(layer.bias is not None for layer in layers):
-        zeros = [jnp.zeros(layer.weight.shape[1], weight.dtype) for layer in layers]
-        pairs = zip(layers, zeros, strict=True)
-        bias = jnp.concatenate([zero if x.bias is None else x.bias for x, zero in pairs])
-    return jnp.split(Linear(weight, bias)(x), _ends(layers), axis=-1)
+    weight = jnp.concatenate([layer.weight for layer in layers], axis=1)
+    return _parts(Linear(weight)(x), layers)
 
 
-def _ends(layers: tuple[Linear, ...]) -> np.ndarray:
-    """Where the columns of each layer end, but for the last."""
-    return np.cumsum([layer.weight.shape[1] for layer in layers])[:-1]
+def _parts(joint: Float[Array, "*batch outs"], layers: tuple[Linear, ...]) -> tuple[Array, ...]:
+    """The columns of each layer in their joint product, with its bias."""
+    ends = np.cumsum([layer.weight.shape[1] for layer in layers])[:-1]
+    parts = jnp.split(joint, ends, axis=-1)
+    biases = [layer.bias for layer in layers]
+    return tuple(
+        part if bias is None else part + jnp.broadcast_to(bias.astype(part.dtype), part.shape)
+        for part, bias in zip(parts, biases, strict=True)
+    )
 
 
 def for_few_rows(*layers: Linear) -> Callable[[Float[Array, "B in"]], tuple[Array, ...]]:
@@ -108,16 +108,7 @@ def for_few_rows(*layers: Linear) -> Callable[[Float[Array, "B in"]], tuple[Arra
         return lambda x: tuple(layer(x) for layer in layers)
     # The barrier keeps XLA from undoing the layout inside the loop.
     weight = jax.lax.optimization_barrier(jnp.concatenate([x.weight.T for x in layers]))
-
-    def apply(x: Float[Array, "B in"]) -> tuple[Array, ...]:
-        parts = jnp.split(times_transposed(x, weight.astype(x.dtype)), _ends(layers), axis=1)
-        biases = [layer.bias for layer in layers]
-        return tuple(
-            part if bias is None else part + bias.astype(x.dtype)[None]
-            for part, bias in zip(parts, biases, strict=True)
-        )
-
-    return apply
+    return lambda x: _parts(times_transposed(x, weight.astype(x.dtype)), layers)
 
 
 def times_transposed(
@@ -233,7 +224,7 @@ def rotation_of(positions: Int[Array, "*batch"], frequencies: Float[Array, " hal
     """
     frequencies = at_least_float32(frequencies).reshape((1,) * positions.ndim + (-1,))
     angles = positions.astype(frequencies.dtype)[..., None] * frequencies
-    # Without the barrier XLA would compute them again for every head of every layer.
+    # Without the barrier XLA would compute them again in every layer.
     return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
 
