@@ -66,7 +66,7 @@ def _model_config(size: Size, dtype: str) -> TransformerConfig:
         num_layers=size.layers, num_heads=size.heads, num_kv_heads=size.kv_heads,
         head_dim=size.head_dim, rope_theta=1e6, qkv_bias=True, tie_embeddings=size.tied,
         param_dtype=dtype, compute_dtype=dtype, cache_dtype=dtype,
-        unroll=4 if size.layers <= 8 else 1,
+        unroll=8 if size.layers <= 8 else 1,
     )  # fmt: skip
 
 

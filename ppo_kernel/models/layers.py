@@ -117,17 +117,14 @@ def times_transposed(
     """x W^T, in the form that reads W fastest where there are few rows.
 
     XLA's product on CPUs reads its right operand slowly, as if it were packed anew in every call.
-    With W on the left it takes up to a third less time, and with six to fifteen rows of few terms a
-    sum of products less still (bench/RESULTS.md). Other devices, other types and more rows get
-    the plain product.
+    With W on the left it takes up to a third less time (bench/RESULTS.md). Other devices, other
+    types and more rows get the plain product.
     """
 
     def plain(x, weight):
         return x @ weight.T
 
     def unpacked(x, weight):
-        if 6 <= x.shape[0] <= 15 and x.shape[1] < 768:
-            return jnp.sum(weight[:, None] * x[None], axis=-1).T
         # Without the barrier XLA would turn the operands around again.
         return jax.lax.optimization_barrier(jnp.einsum("oi,bi->ob", weight, x)).T
 

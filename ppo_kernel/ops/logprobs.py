@@ -1,5 +1,6 @@
 """Log-probabilities and entropies of tokens, from logits or from hidden states in chunks."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -56,35 +57,72 @@ def _shifted(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
 
 @jax.custom_vjp
 def _logprobs_and_entropies(
-    logits: Float[Array, "C V"], tokens: Int[Array, " C"]
+    logits: Float[Array, "C V"], tokens: Int[Array, " C"], temperature: Float[Array, ""]
 ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
-    """`token_logprobs` and `entropy`, whose gradient reads the logits once and keeps nothing else.
+    """`token_logprobs` and `entropy` of z / T, in few passes over the logits.
 
-    dz = g (onehot(a) - p) - h p (log p + H),   g and h the gradients of log p(a) and of H
+        u = (z - max z) / T,   dz = (g (onehot(a) - p) - h p (log p + H)) / T,   dT = -sum u dz
+
+    with g and h the gradients of log p(a) and of H. The backward pass keeps the logits alone.
     """
-    return token_logprobs(logits, tokens), entropy(logits)
+    return _forward(logits, tokens, temperature)[0]
 
 
-def _forward(logits, tokens):
-    outputs = token_logprobs(logits, tokens), entropy(logits)
+def _forward(logits, tokens, temperature):
     largest = jnp.max(logits, axis=-1, keepdims=True)
-    log_total = jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True))
-    return outputs, (logits, tokens, largest, log_total, outputs[1])
+    # A product, because XLA writes quotients to memory before it reads them twice.
+    rate = 1.0 / temperature
+    total, weighted = _weight_sums((logits - largest) * rate)
+    log_total = jnp.log(total)[:, None]
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
+    logprobs = (chosen - largest) * rate - log_total
+    entropies = log_total - (weighted / total)[:, None]
+    residuals = (logits, tokens, rate, largest, log_total, entropies)
+    return (logprobs[:, 0], entropies[:, 0]), residuals
 
 
 def _backward(residuals, gradients):
-    logits, tokens, largest, log_total, entropies = residuals
-    logprob_slope, entropy_slope = (gradient[:, None] for gradient in gradients)
-    logp = logits - largest - log_total
-    probabilities = jnp.exp(logp)
-    taken = jax.nn.one_hot(tokens, logits.shape[-1], dtype=logp.dtype)
-    # A banned token has no probability: the where keeps 0 * -inf out.
-    surprise = jnp.where(jnp.isneginf(logp), 0.0, logp) + entropies[:, None]
-    towards = logprob_slope * (taken - probabilities)
-    return towards - entropy_slope * probabilities * surprise, None
+    logits, tokens, rate, largest, log_total, entropies = residuals
+    logprob_slope, entropy_slope = (rate * gradient[:, None] for gradient in gradients)
+    shifted = (logits - largest) * rate
+    logp = shifted - log_total
+    common = logprob_slope + entropy_slope * entropies
+    slope = -jnp.exp(logp) * (common + entropy_slope * _finite(logp))
+    taken = jnp.arange(logits.shape[-1], dtype=tokens.dtype)[None] == tokens[:, None]
+    slope = jnp.where(taken, slope + logprob_slope, slope)
+    return slope, None, -jnp.sum(slope * _finite(shifted))
 
 
 _logprobs_and_entropies.defvjp(_forward, _backward)
+
+
+def _finite(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """0 for -inf, which is what its product with a probability of 0 has to be."""
+    return jnp.where(jnp.isneginf(x), 0.0, x)
+
+
+def _weight_sums(
+    shifted: Float[Array, "C V"],
+) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+    """sum_v exp(u_v) and sum_v u_v exp(u_v) of each row.
+
+    On CPUs both in one reduction, of blocks of columns: XLA would write the weights and their
+    products to memory for two reductions, and takes one number at a time along a row.
+    """
+
+    def plain(shifted):
+        weights = jnp.exp(shifted)
+        return jnp.sum(weights, axis=-1), jnp.sum(weights * _finite(shifted), axis=-1)
+
+    def together(shifted):
+        blocks = shifted.reshape(len(shifted), math.gcd(shifted.shape[1], 16), -1)
+        weights = jnp.exp(blocks)
+        pair = (weights, weights * _finite(blocks))
+        zero = jnp.zeros((), shifted.dtype)
+        sums = jax.lax.reduce(pair, (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (1,))
+        return jnp.sum(sums[0], axis=-1), jnp.sum(sums[1], axis=-1)
+
+    return jax.lax.platform_dependent(shifted, cpu=together, default=plain)
 
 
 def logprobs_from_hidden(
@@ -119,8 +157,8 @@ def logprobs_from_hidden(
 
     def head(hidden: Float[Array, "B t D"], tokens: Int[Array, "B t"]):
         logits = at_least_float32(unembed(hidden.reshape(-1, hidden.shape[-1])))
-        logits = logits / jnp.asarray(temperature).astype(logits.dtype)
-        logprobs, entropies = _logprobs_and_entropies(logits, tokens.reshape(-1))
+        temper = jnp.asarray(temperature).astype(logits.dtype)
+        logprobs, entropies = _logprobs_and_entropies(logits, tokens.reshape(-1), temper)
         return logprobs.reshape(tokens.shape), entropies.reshape(tokens.shape)
 
     if chunk_size is None:
