@@ -48,6 +48,9 @@ class Ending(eqx.Module):
     def prefill(self, tokens, mask, capacity):
         return self.model.prefill(tokens, mask, capacity)
 
+    def grow(self, cache, capacity):
+        return self.model.grow(cache, capacity)
+
     def decoder(self):
         return self.model.decoder()
 
@@ -109,7 +112,7 @@ def run_rollout(flags: argparse.Namespace) -> dict:
     medians = medians_in_turns(runs, flags.rounds)
     steps = {
         "fixed": int(lengths.reshape(TURNS, -1).max(axis=1).sum()) - TURNS,
-        "continuous": decode_steps(lengths, flags.slots, refill_size(flags.slots, 1)),
+        "continuous": decode_steps(lengths, flags.slots, refill_size(flags.slots)),
         "no_waiting": decode_steps(lengths, flags.slots, 1),
     }
     return {

@@ -1,7 +1,7 @@
 """A decode loop with a queue: a slot whose sequence has ended takes the next one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import equinox as eqx
@@ -30,8 +30,8 @@ Draw: TypeAlias = Callable[..., Drawn]
 Written: TypeAlias = tuple[Array, ...]
 """Tokens, mask and both log-probabilities of responses, [..., T] each."""
 
-_REFILLS = 4
-"""Slots over those of a refill: fewer refills keep more slots waiting, more read few prompts."""
+_REFILLS = 8
+"""Slots over those of a refill: fewer refills keep more slots waiting, more move few rows."""
 
 
 def decode_queue(
@@ -42,19 +42,22 @@ def decode_queue(
     noise: Float[Array, "B T 2"],
     *,
     config: GenerationConfig,
+    grow: Callable[[Cache, int], Cache] | None,
     queues: int = 1,
 ) -> Written:
     """Draw and step C sequences at a time until all B have ended.
 
-    Slots wait until there is room for a few prompts, which then are read together, each once for
-    its G samples. All rows step together, whatever their t. Every queue has its own part of the
-    prompts and of the slots, so that one on a device never asks another.
+    Prompts are read ahead, enough for all slots together and each once for its G samples, and their
+    first tokens drawn; what is read waits beside the slots. Slots wait until there is room for a
+    few sequences, which then are moved in. All rows step together, whatever their t. Every queue
+    has its own part of the prompts and of the slots, so that one on a device never asks another.
 
     Args:
         read, draw, step: see `Read`, `Draw`, `Decoder`.
         prompts: N of them, in the order in which they are taken.
         noise: uniforms in [0, 1).
         config: lengths, samples per prompt, and C = `decode_slots`.
+        grow: see `GrowingPolicy`: what is read ahead then has room for the prompt alone.
         queues: Q.
 
     Returns:
@@ -71,22 +74,21 @@ def decode_queue(
         )
     here = slots // queues
     queue = _Queue(
-        read, draw, step,
+        read, draw, step, grow,
         tokens=_split(prompts.tokens, queues), mask=_split(prompts.mask, queues),
-        noise=_split(noise, queues), config=config,
-        slots=here, chunk=refill_size(here, samples),
+        noise=_split(noise, queues), config=config, slots=here, chunk=refill_size(here),
     )  # fmt: skip
     state = jax.lax.while_loop(
-        lambda state: jnp.any(state.taken < count // queues),
-        lambda state: jax.lax.while_loop(queue.runs, queue.one_token, queue.refill(state)),
+        lambda state: jnp.any(queue.waiting(state) > 0),
+        lambda state: jax.lax.while_loop(queue.has_read, queue.refill, queue.read_ahead(state)),
         queue.idle(),
     )
     return jax.tree.map(_merge, state.written)
 
 
-def refill_size(slots: int, samples: int) -> int:
-    """Prompts read at a time into `slots` slots, G = `samples` of them for each prompt."""
-    return max(1, slots // (_REFILLS * samples))
+def refill_size(slots: int) -> int:
+    """Sequences that are moved into `slots` slots together."""
+    return max(1, slots // _REFILLS)
 
 
 def blank(shape: tuple[int, ...], dtype: jnp.dtype, pad_token_id: int) -> Written:
@@ -106,11 +108,23 @@ def blank(shape: tuple[int, ...], dtype: jnp.dtype, pad_token_id: int) -> Writte
     )
 
 
+class _Ahead(eqx.Module):
+    """Sequences of each of Q queues of which the prompt is read and the first token drawn.
+
+    `start` is the place in the queue of the first of A, `active` says which have not ended.
+    """
+
+    cache: Cache
+    tokens: Int[Array, "Q A"]
+    active: Bool[Array, "Q A"]
+    start: Int[Array, " Q"]
+
+
 class _Slots(eqx.Module):
     """What each of C slots of each of Q queues is doing.
 
     `tokens` were drawn last and are not read yet, `sequences` are places in the queue, `t` is the
-    index of the next token, `taken` counts the prompts that have left the queue.
+    index of the next token, `taken` counts the sequences that have left the queue.
     """
 
     cache: Cache
@@ -119,16 +133,18 @@ class _Slots(eqx.Module):
     t: Int[Array, "Q C"]
     active: Bool[Array, "Q C"]
     taken: Int[Array, " Q"]
+    ahead: _Ahead
     written: Written
 
 
 @dataclass(frozen=True)
 class _Queue:
-    """What waits, and how it is read, drawn and decoded; `chunk` prompts make a refill."""
+    """What waits, and how it is read, drawn and decoded; `chunk` sequences make a refill."""
 
     read: Read
     draw: Draw
     step: Decoder
+    grow: Callable[[Cache, int], Cache] | None
     tokens: Int[Array, "Q N P"]
     mask: Bool[Array, "Q N P"]
     noise: Float[Array, "Q B T 2"]
@@ -137,53 +153,91 @@ class _Queue:
     chunk: int
 
     def idle(self) -> _Slots:
-        """Nothing taken yet. Of the cache that is read here only the rank-0 leaves are kept."""
+        """Nothing read yet. Of the caches that are read here only the rank-0 leaves are kept."""
         queues, rows, length, _ = self.noise.shape
-        hidden, like = self.read(_merge(self.tokens[:, :1]), _merge(self.mask[:, :1]))
+        one = _merge(self.tokens[:, :1]), _merge(self.mask[:, :1])
+        hidden, cache = self.read(*one)
 
-        def empty(x: Array) -> Array:
-            return jnp.zeros((queues * self.slots, *x.shape[1:]), x.dtype) if x.ndim else x
+        def empty(cache: Cache, rows: int) -> Cache:
+            def zeros(x: Array) -> Array:
+                return jnp.zeros((queues * rows, *x.shape[1:]), x.dtype) if x.ndim else x
 
-        zeros = jnp.zeros((queues, self.slots), jnp.int32)
+            return jax.tree.map(zeros, cache)
+
+        zeros, none = jnp.zeros((queues, self.slots), jnp.int32), jnp.zeros(queues, jnp.int32)
+        ahead = _Ahead(empty(self._read(*one)[1], self.slots), zeros, zeros > 0, none - self.slots)
         return _Slots(
-            cache=jax.tree.map(empty, like),
-            tokens=zeros, sequences=zeros, t=zeros, active=zeros > 0,
-            taken=jnp.zeros(queues, jnp.int32),
+            cache=empty(cache, self.slots), tokens=zeros, sequences=zeros, t=zeros,
+            active=zeros > 0, taken=none, ahead=ahead,
             written=blank((queues, rows, length), hidden.dtype, self.config.pad_token_id),
         )  # fmt: skip
 
-    def refill(self, state: _Slots) -> _Slots:
-        """Read the next prompts of each queue into free slots and draw their first tokens."""
-        samples = self.config.samples_per_prompt
-        taking = self._room(state)
-        prompt = state.taken[:, None] + jnp.arange(self.chunk, dtype=jnp.int32)[None]
-        hidden, fresh = self.read(
+    def waiting(self, state: _Slots) -> Int[Array, " Q"]:
+        """Sequences that have not been taken."""
+        return self.noise.shape[1] - state.taken
+
+    def has_read(self, state: _Slots) -> Bool[Array, ""]:
+        """Whether some queue is not empty, and none of those has nothing read ahead."""
+        waits = self.waiting(state) > 0
+        return jnp.any(waits) & ~jnp.any(waits & (self._left(state) == 0))
+
+    def read_ahead(self, state: _Slots) -> _Slots:
+        """Read the next prompts of every queue that has none ahead; draw their first tokens."""
+        samples, ahead = self.config.samples_per_prompt, state.ahead
+        none = self._left(state) == 0
+        prompt = jnp.arange(self.slots // samples, dtype=jnp.int32) + state.taken[:, None] // samples
+        hidden, fresh = self._read(
             _merge(_take(self.tokens, prompt)), _merge(_take(self.mask, prompt))
         )
-        place = jnp.arange(self.chunk * samples, dtype=jnp.int32)[None]
-        # A place outside of the slots, or of the queue, is written nowhere.
-        taken = place < samples * taking[:, None]
-        free = jnp.argsort(state.active, axis=1)[:, : place.size].astype(jnp.int32)
-        slots = jnp.where(taken, free, self.slots + place)
-        sequences = state.taken[:, None] * samples + place
-        first = jnp.zeros_like(sequences)
-        tokens, active, written = self._write(hidden, sequences, first, taken, state.written)
+        sequences = state.taken[:, None] + jnp.arange(self.slots, dtype=jnp.int32)[None]
+        reads = none[:, None] & (sequences < self.noise.shape[1])
+        tokens, active, written = self._write(
+            hidden, sequences, jnp.zeros_like(sequences), reads, state.written
+        )
+
+        def chosen(new: Array, old: Array) -> Array:
+            rows = jnp.repeat(none, len(new) // len(none)) if new.ndim else none[0]
+            return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old) if new.ndim else old
+
+        ahead = _Ahead(
+            cache=jax.tree.map(chosen, fresh, ahead.cache),
+            tokens=jnp.where(none[:, None], tokens, ahead.tokens),
+            active=jnp.where(none[:, None], active, ahead.active),
+            start=jnp.where(none, state.taken, ahead.start),
+        )
+        return replace(state, ahead=ahead, written=written)
+
+    def refill(self, state: _Slots) -> _Slots:
+        """Move sequences into free slots, and decode until there is room for more."""
+        taking = self._room(state)[:, None]
+        place = jnp.arange(self.chunk, dtype=jnp.int32)[None]
+        sequences = state.taken[:, None] + place
+        at = sequences - state.ahead.start[:, None]
+        # A place outside of the slots is written nowhere.
+        free = jnp.argsort(state.active, axis=1)[:, : self.chunk].astype(jnp.int32)
+        slots = jnp.where(place < taking, free, self.slots + place)
+        queues = len(taking)
+        fresh = jax.tree.map(
+            lambda x: _merge(_take(_split(x, queues), at)) if x.ndim else x, state.ahead.cache
+        )
+        if self.grow is not None:
+            fresh = self.grow(fresh, self.tokens.shape[2] + self.noise.shape[2] - 1)
 
         def replaced(running: Array, new: Array) -> Array:
             if not running.ndim:
                 return running
-            queues = len(taking)
             return _merge(_put(_split(running, queues), _split(new, queues), slots))
 
-        return _Slots(
+        state = replace(
+            state,
             cache=jax.tree.map(replaced, state.cache, fresh),
-            tokens=_put(state.tokens, tokens, slots),
+            tokens=_put(state.tokens, _take(state.ahead.tokens, at), slots),
             sequences=_put(state.sequences, sequences, slots),
-            t=_put(state.t, first + 1, slots),
-            active=_put(state.active, active, slots),
-            taken=state.taken + taking,
-            written=written,
+            t=_put(state.t, jnp.ones_like(sequences), slots),
+            active=_put(state.active, _take(state.ahead.active, at), slots),
+            taken=state.taken + taking[:, 0],
         )
+        return jax.lax.while_loop(self.runs, self.one_token, state)
 
     def one_token(self, state: _Slots) -> _Slots:
         """One more token of every active slot; the others compute what nobody reads."""
@@ -191,27 +245,34 @@ class _Queue:
         tokens, active, written = self._write(
             hidden, state.sequences, state.t, state.active, state.written
         )
-        return _Slots(
-            cache, tokens, state.sequences, state.t + 1, active, state.taken, written
-        )  # fmt: skip
+        return replace(
+            state, cache=cache, tokens=tokens, t=state.t + 1, active=active, written=written
+        )
 
     def runs(self, state: _Slots) -> Bool[Array, ""]:
         """Whether to go on decoding: some slot is active, and no queue has room for a refill.
 
         Where one has it, the others take what they have room for, since their devices wait anyway.
         """
-        wanted = self._wanted(state)
-        refill = (wanted > 0) & (self._room(state) == wanted)
+        wanted = jnp.minimum(self.waiting(state), self.chunk)
+        refill = (wanted > 0) & (self._free(state) >= wanted)
         return jnp.any(state.active) & ~jnp.any(refill)
 
-    def _wanted(self, state: _Slots) -> Int[Array, " Q"]:
-        """Prompts that a refill of each queue would take if there were room."""
-        return jnp.minimum(self.tokens.shape[1] - state.taken, self.chunk)
+    def _read(self, tokens: Int[Array, "n P"], mask: Bool[Array, "n P"]):
+        """`read` for what waits: without room for its decode steps where that can be added."""
+        return self.read(tokens, mask) if self.grow is None else self.read(tokens, mask, 0)
+
+    def _free(self, state: _Slots) -> Int[Array, " Q"]:
+        return jnp.sum(~state.active, axis=1, dtype=jnp.int32)
+
+    def _left(self, state: _Slots) -> Int[Array, " Q"]:
+        """Sequences of each queue that are read and not taken."""
+        return state.ahead.start + self.slots - state.taken
 
     def _room(self, state: _Slots) -> Int[Array, " Q"]:
-        """Prompts that a refill takes from each queue now."""
-        free = jnp.sum(~state.active, axis=1, dtype=jnp.int32) // self.config.samples_per_prompt
-        return jnp.minimum(free, self._wanted(state))
+        """Sequences that a refill takes from each queue now."""
+        there = jnp.minimum(self.waiting(state), self._left(state))
+        return jnp.minimum(jnp.minimum(self._free(state), there), self.chunk)
 
     def _write(
         self,

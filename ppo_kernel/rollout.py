@@ -76,11 +76,11 @@ def generate(
         return _sample(logits, noise, t, config=config, top_p=top_p, min_p=min_p)
 
     parts = (read, draw, policy.decoder(), prompts, noise)
+    grow = policy.grow if isinstance(policy, GrowingPolicy) else None
     if config.decode_slots is None or config.decode_slots >= rows:
-        grow = policy.grow if isinstance(policy, GrowingPolicy) else None
         written = _decode(*parts, config=config, grow=grow)
     else:
-        written = decode_queue(*parts, config=config, queues=queues)
+        written = decode_queue(*parts, config=config, grow=grow, queues=queues)
     tokens, mask, logprobs, behaviour_logprobs = written
     return Rollout(
         prompt_tokens=_repeat(prompts.tokens, samples),

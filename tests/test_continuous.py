@@ -122,7 +122,7 @@ def decode_steps(lengths, slots, refill):
 
 @pytest.mark.parametrize(("slots", "refill"), [(1, 1), (5, 1), (10, 2)])
 def test_every_sequence_is_decoded_once_and_no_slot_waits(slots, refill):
-    assert refill_size(slots, 1) == refill
+    assert refill_size(slots) == refill
     STEPS.clear()
     config = GenerationConfig(max_new_tokens=30, eos_token_ids=(1, 2, 3), decode_slots=slots)
     policy, batch = CountingPolicy(KEY), tiny.prompts(LENGTHS)
