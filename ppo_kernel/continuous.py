@@ -185,11 +185,12 @@ class _Queue:
         """Read the next prompts of every queue that has none ahead; draw their first tokens."""
         samples, ahead = self.config.samples_per_prompt, state.ahead
         none = self._left(state) == 0
-        prompt = jnp.arange(self.slots // samples, dtype=jnp.int32) + state.taken[:, None] // samples
+        place = jnp.arange(self.slots, dtype=jnp.int32)[None]
+        prompt = state.taken[:, None] // samples + place[:, : self.slots // samples]
         hidden, fresh = self._read(
             _merge(_take(self.tokens, prompt)), _merge(_take(self.mask, prompt))
         )
-        sequences = state.taken[:, None] + jnp.arange(self.slots, dtype=jnp.int32)[None]
+        sequences = state.taken[:, None] + place
         reads = none[:, None] & (sequences < self.noise.shape[1])
         tokens, active, written = self._write(
             hidden, sequences, jnp.zeros_like(sequences), reads, state.written

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from ..ops.masked import at_least_float32
-from .kv_cache import write_slot
+from .kv_cache import write_slots
 from .layers import Linear, RMSNorm, Rotation, for_few_rows, rotate, side_by_side
 
 
@@ -62,9 +62,9 @@ class Attention(eqx.Module):
     def decoder(self) -> Callable:
         """One token a row against the cache; asked for once, outside the decode loop.
 
-        It takes rows [B, D], their rotation, the buffers of keys and values [B, K, S, E], their
-        mask [B, S] and the slot to write, and returns rows [B, D] and the buffers with the slot
-        written.
+        It takes rows [B, D], their rotation, the buffers of keys [B, K, E, S] and of values
+        [B, K, S, E], their mask [B, S] and the slot to write, and returns rows [B, D] and the
+        buffers with the slot written.
         """
         inputs = for_few_rows(self.query, self.key, self.value)
         output = for_few_rows(self.output)
@@ -73,16 +73,16 @@ class Attention(eqx.Module):
         def apply(
             x: Float[Array, "B D"],
             rotation: Rotation,
-            keys: Float[Array, "B K S E"],
+            keys: Float[Array, "B K E S"],
             values: Float[Array, "B K S E"],
             mask: Bool[Array, "B S"],
             slot: Int[Array, ""],
-        ) -> tuple[Float[Array, "B D"], Float[Array, "B K S E"], Float[Array, "B K S E"]]:
+        ) -> tuple[Float[Array, "B D"], Float[Array, "B K E S"], Float[Array, "B K S E"]]:
             query, key, value = self._by_head(inputs(x), rotation)
-            keys, values = write_slot(keys, key, slot), write_slot(values, value, slot)
+            keys, values = write_slots(keys, values, key, value, slot)
             mixed = attend(
                 self._grouped(query)[:, :, :, None],
-                keys.astype(x.dtype),
+                keys.swapaxes(2, 3).astype(x.dtype),
                 values.astype(x.dtype),
                 mask[:, None, :],
             )

@@ -15,12 +15,13 @@ class KVCache(eqx.Module):
     that keeps within the capacity never meets its own tokens there, and attention does not mind
     where in the ring they begin.
 
-    `keys[l]` and `values[l]` are separate arrays, so that a decode step writes each in place.
+    `keys[l]` and `values[l]` are separate arrays, so that a decode step writes each in place. Both
+    lie as the products that read them want their right operand: the axis that is summed over first.
     `mask` says which slots hold a token, `positions` is the position of each row's next token,
     `slot` the index of the next free slot, `prompt_width` the first one of the ring.
     """
 
-    keys: tuple[Float[Array, "B K S E"], ...]
+    keys: tuple[Float[Array, "B K E S"], ...]
     values: tuple[Float[Array, "B K S E"], ...]
     mask: Bool[Array, "B S"]
     positions: Int[Array, " B"]
@@ -49,13 +50,11 @@ class KVCache(eqx.Module):
         if capacity < length:
             raise ValueError(f"a prompt of {length} slots does not fit a cache of {capacity}.")
 
-        def lay_out(x: Float[Array, "B P K E"]) -> Float[Array, "B K S E"]:
-            return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, capacity - length), (0, 0)))
-
+        more = capacity - length
         return cls(
-            keys=tuple(lay_out(keys[layer]) for layer in range(layers)),
-            values=tuple(lay_out(values[layer]) for layer in range(layers)),
-            mask=jnp.pad(mask, ((0, 0), (0, capacity - length))),
+            keys=tuple(_pad(keys[i].transpose(0, 2, 3, 1), 3, more) for i in range(layers)),
+            values=tuple(_pad(values[i].swapaxes(1, 2), 2, more) for i in range(layers)),
+            mask=_pad(mask, 1, more),
             positions=jnp.sum(mask, axis=1, dtype=jnp.int32),
             slot=jnp.asarray(length, jnp.int32),
             prompt_width=length,
@@ -72,15 +71,12 @@ class KVCache(eqx.Module):
         before = self.mask.shape[1]
         if capacity < before:
             raise ValueError(f"a cache of {before} slots cannot grow to {capacity}.")
-
-        def pad(x: Array, axis: int) -> Array:
-            return jnp.pad(x, [(0, capacity - before if i == axis else 0) for i in range(x.ndim)])
-
+        more = capacity - before
         return replace(
             self,
-            keys=tuple(pad(x, 2) for x in self.keys),
-            values=tuple(pad(x, 2) for x in self.values),
-            mask=pad(self.mask, 1),
+            keys=tuple(_pad(x, 3, more) for x in self.keys),
+            values=tuple(_pad(x, 2, more) for x in self.values),
+            mask=_pad(self.mask, 1, more),
             slot=jnp.where(jnp.any(self.mask[:, -1]), before, self.slot),
         )
 
@@ -91,7 +87,7 @@ class KVCache(eqx.Module):
         return replace(self, mask=mask)
 
     def close_slot(
-        self, keys: list[Float[Array, "B K S E"]], values: list[Float[Array, "B K S E"]]
+        self, keys: list[Float[Array, "B K E S"]], values: list[Float[Array, "B K S E"]]
     ) -> "KVCache":
         """The cache after every layer has written its slot."""
         last = self.slot == self.mask.shape[1] - 1
@@ -101,9 +97,20 @@ class KVCache(eqx.Module):
         )  # fmt: skip
 
 
-def write_slot(
-    buffer: Float[Array, "B K S E"], entry: Float[Array, "B K E"], slot: Int[Array, ""]
-) -> Float[Array, "B K S E"]:
-    """`buffer` with `entry` at `slot`; XLA does it in place inside a loop."""
-    entry = entry[:, :, None].astype(buffer.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(buffer, entry, slot, axis=2)
+def write_slots(
+    keys: Float[Array, "B K E S"],
+    values: Float[Array, "B K S E"],
+    key: Float[Array, "B K E"],
+    value: Float[Array, "B K E"],
+    slot: Int[Array, ""],
+) -> tuple[Float[Array, "B K E S"], Float[Array, "B K S E"]]:
+    """The buffers of a layer with one more entry, at `slot`; XLA does it in place inside a loop."""
+    write = jax.lax.dynamic_update_slice_in_dim
+    return (
+        write(keys, key[:, :, :, None].astype(keys.dtype), slot, axis=3),
+        write(values, value[:, :, None].astype(values.dtype), slot, axis=2),
+    )
+
+
+def _pad(x: Array, axis: int, more: int) -> Array:
+    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
