@@ -1,5 +1,6 @@
 """Models, states and prompts of a size, filled by NumPy: nothing is compiled to make them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import equinox as eqx
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
 from ppo_kernel.learner import Learner, TrainState
 from ppo_kernel.models import LanguageModel, Transformer, TransformerConfig, ValueModel
+from ppo_kernel.models.attention import attend_causally
 from ppo_kernel.sharding import make_mesh, place
 from ppo_kernel.types import Prompts, Rollout
 
@@ -30,16 +32,22 @@ class Case:
     prompts: Prompts
 
 
-def build(size: Size, dtype: str = "float32", devices: int | None = None) -> Case:
+def build(
+    size: Size,
+    dtype: str = "float32",
+    devices: int | None = None,
+    attention: Callable = attend_causally,
+) -> Case:
     """Weights N(0, 0.02^2), random prompts, responses of full length: no EOS id is given.
 
     Args:
         size: of the models and the batch.
         dtype: of parameters, activations and the KV cache alike.
         devices: of a data mesh; None for no mesh at all.
+        attention: of `TransformerConfig`.
     """
     mesh = None if devices is None else make_mesh(devices)
-    model = _model_config(size, dtype)
+    model = _model_config(size, dtype, attention)
     reference = _filled(LanguageModel.init, model, seed=0)
     critic = ValueModel.on(_filled(Transformer.init, model, seed=1))
     hyperparams = Hyperparams(kl_coef=0.1)
@@ -60,13 +68,13 @@ def even_fraction(rollout: Rollout):
     return jnp.mean((rollout.tokens % 2 == 0).astype(jnp.float32), axis=1)
 
 
-def _model_config(size: Size, dtype: str) -> TransformerConfig:
+def _model_config(size: Size, dtype: str, attention: Callable) -> TransformerConfig:
     return TransformerConfig(
         vocab_size=size.vocab, hidden_size=size.width, intermediate_size=size.mlp,
         num_layers=size.layers, num_heads=size.heads, num_kv_heads=size.kv_heads,
         head_dim=size.head_dim, rope_theta=1e6, qkv_bias=True, tie_embeddings=size.tied,
         param_dtype=dtype, compute_dtype=dtype, cache_dtype=dtype,
-        unroll=8 if size.layers <= 8 else 1,
+        unroll=8 if size.layers <= 8 else 1, attention=attention,
     )  # fmt: skip
 
 

@@ -47,10 +47,11 @@ class Attention(eqx.Module):
         x: Float[Array, "B S D"],
         mask: Bool[Array, "B S"],
         rotation: Rotation,
+        mix: Callable[..., Float[Array, "B K group S E"]],
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B S K E"], Float[Array, "B S K E"]]:
-        """Causal attention over the valid slots; also the keys and values, for a cache."""
+        """Causal attention by `mix` over the valid slots; also the keys and values, for a cache."""
         query, key, value = self.project(x, rotation)
-        mixed = attend_causally(
+        mixed = mix(
             self._grouped(query).transpose(0, 2, 3, 1, 4),
             key.swapaxes(1, 2),
             value.swapaxes(1, 2),

@@ -100,7 +100,7 @@ class Family:
         return entries
 
 
-_OURS = ("param_dtype", "compute_dtype", "cache_dtype", "remat", "unroll")
+_OURS = ("param_dtype", "compute_dtype", "cache_dtype", "remat", "unroll", "attention")
 
 _ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from .attention import KEPT, Attention
+from .attention import KEPT, Attention, attend_causally
 from .base import Cache, Decoder
 from .kv_cache import KVCache
 from .layers import GatedMLP, Linear, RMSNorm, Rotation, rotation_of
@@ -50,6 +50,8 @@ class TransformerConfig:
             everything, `nothing_saveable` only the layer's input.
         unroll: layers in one turn of the compiled loop. With more, programs take longer to compile
             and small models less time to run.
+        attention: what mixes the values of whole sequences, with the signature of the default:
+            `attend_causally`, or `fused_attention.cudnn_attention`.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -74,6 +76,7 @@ class TransformerConfig:
     cache_dtype: str = "float32"
     remat: Callable | None = KEEP_PROJECTIONS
     unroll: int = 1
+    attention: Callable = attend_causally
 
     def __post_init__(self):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
@@ -211,7 +214,8 @@ class Transformer(eqx.Module):
         rotation = self._rotation(positions)
 
         def apply(x: Float[Array, "B S D"], block: Block):
-            mixed, keys, values = block.attention(block.attention_norm(x), mask, rotation)
+            normed = block.attention_norm(x)
+            mixed, keys, values = block.attention(normed, mask, rotation, self.config.attention)
             x = x + mixed
             return x + block.mlp(block.mlp_norm(x)), (keys, values)
 

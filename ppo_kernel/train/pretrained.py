@@ -1,7 +1,7 @@
 """Models as folders in the layout of Hugging Face: load, save, start from nothing."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import equinox as eqx
@@ -14,6 +14,7 @@ from ..io.folders import existing_folder, staged
 from ..io.manifest import Manifest
 from ..io.safetensors import WeightFiles, load_weights, save_weights
 from ..io.tokenizer import Tokenizer, left_pad
+from ..models.attention import attend_causally
 from ..models.families import family_named
 from ..models.family import Family
 from ..models.heads import LanguageModel, ValueModel
@@ -66,6 +67,7 @@ class CausalLM:
         param_dtype: str = "float32",
         compute_dtype: str | None = None,
         cache_dtype: str | None = None,
+        attention: Callable = attend_causally,
     ) -> "CausalLM":
         """Load a folder with config.json, weights in safetensors and, if any, tokenizer.json.
 
@@ -74,6 +76,7 @@ class CausalLM:
             param_dtype: type of the parameters, whatever the folder has.
             compute_dtype: type of the activations; None takes `param_dtype`.
             cache_dtype: type of the KV cache; None takes `compute_dtype`.
+            attention: see `TransformerConfig`.
 
         Returns:
             The model, with the folder's tokenizer and settings.
@@ -82,7 +85,9 @@ class CausalLM:
             FileNotFoundError: no such folder, or it has no config.json.
             ValueError: a model that is not supported, or tensors that do not fit it.
         """
-        manifest, config, tokenizer = _open(path, param_dtype, compute_dtype, cache_dtype)
+        manifest, config, tokenizer = _open(
+            path, attention, param_dtype, compute_dtype, cache_dtype
+        )
         weights = manifest.family.causal_lm_weights(config)
         # Some writers store the output matrix of a tied model once more.
         ignored = ("lm_head.weight",) if config.tie_embeddings else ()
@@ -156,6 +161,7 @@ class RewardModel:
         param_dtype: str = "float32",
         compute_dtype: str | None = None,
         cache_dtype: str | None = None,
+        attention: Callable = attend_causally,
     ) -> "RewardModel":
         """Load a folder of a sequence classifier with one label.
 
@@ -165,7 +171,9 @@ class RewardModel:
             FileNotFoundError: no such folder, or it has no config.json.
             ValueError: no classifier, one of several labels, or as in `CausalLM`.
         """
-        manifest, config, tokenizer = _open(path, param_dtype, compute_dtype, cache_dtype)
+        manifest, config, tokenizer = _open(
+            path, attention, param_dtype, compute_dtype, cache_dtype
+        )
         with WeightFiles(existing_folder(path)) as files:
             if "score.weight" not in files.names:
                 raise ValueError(
@@ -236,7 +244,11 @@ def _last_values(model: ValueModel, tokens: Array, mask: Array) -> Float[Array, 
 
 
 def _open(
-    path: str | os.PathLike, param_dtype: str, compute_dtype: str | None, cache_dtype: str | None
+    path: str | os.PathLike,
+    attention: Callable,
+    param_dtype: str,
+    compute_dtype: str | None,
+    cache_dtype: str | None,
 ) -> tuple[Manifest, TransformerConfig, Tokenizer | None]:
     folder = existing_folder(path)
     manifest = Manifest.read(folder)
@@ -246,6 +258,7 @@ def _open(
         param_dtype=param_dtype,
         compute_dtype=compute_dtype,
         cache_dtype=compute_dtype if cache_dtype is None else cache_dtype,
+        attention=attention,
     )
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer = Tokenizer.load(folder) if has_tokenizer else None

@@ -1,0 +1,72 @@
+"""Causal attention by a fused kernel, in the place of `attention.attend_causally`."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def cudnn_attention(
+    query: Float[Array, "B K group S E"],
+    key: Float[Array, "B K S E"],
+    value: Float[Array, "B K S E"],
+    mask: Bool[Array, "B S"],
+) -> Float[Array, "B K group S E"]:
+    """`attend_causally` by cuDNN's flash attention (Dao et al. 2022): [S, S] never exists.
+
+    `TransformerConfig(attention=cudnn_attention)`, for NVIDIA GPUs from Ampere on.
+
+    Args:
+        query, key, value: bfloat16 or float16.
+        mask: which slots hold a token.
+
+    Returns:
+        The mixed values, shape of `query`; 0 where there is no token.
+
+    Raises:
+        ValueError: another type.
+        RuntimeError: JAX finds no cuDNN.
+    """
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            f"cudnn_attention takes bfloat16 or float16, got {query.dtype}: set "
+            'compute_dtype="bfloat16", or leave the default attend_causally.'
+        )
+    return attend_by_lengths(query, key, value, mask, implementation="cudnn")
+
+
+def attend_by_lengths(
+    query: Float[Array, "B K group S E"],
+    key: Float[Array, "B K S E"],
+    value: Float[Array, "B K S E"],
+    mask: Bool[Array, "B S"],
+    *,
+    implementation: Literal["xla", "cudnn"],
+) -> Float[Array, "B K group S E"]:
+    """Causal attention by `jax.nn.dot_product_attention`, whose kernels mask by lengths alone.
+
+    The tokens of each row are moved to its front and back again: their order, and with it what
+    each of them sees, stays.
+    """
+    batch, _, _, slots, width = query.shape
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    # One slot more where their number is odd: JAX has no gradient of the kernel there.
+    source = jnp.pad(order, ((0, 0), (0, slots % 2)))
+    lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
+    mixed = jax.nn.dot_product_attention(
+        _take(query.reshape(batch, -1, slots, width).swapaxes(1, 2), source),
+        _take(key.swapaxes(1, 2), source),
+        _take(value.swapaxes(1, 2), source),
+        is_causal=True,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
+    )
+    mixed = _take(mixed, jnp.argsort(order, axis=1)).swapaxes(1, 2).reshape(query.shape)
+    # What a kernel leaves behind the lengths is undefined.
+    return jnp.where(mask[:, None, None, :, None], mixed, jnp.zeros((), mixed.dtype))
+
+
+def _take(x: Float[Array, "B S X E"], order: Int[Array, "B Z"]) -> Float[Array, "B Z X E"]:
+    return jnp.take_along_axis(x, order[:, :, None, None], axis=1)
