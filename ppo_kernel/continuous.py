@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .config import GenerationConfig
 from .models.base import Cache, Decoder
 from .ops.masked import wider_type
+from .ops.parts import merge, put, put_rows, split, take, take_rows
 from .types import Prompts
 
 Read: TypeAlias = Callable[..., tuple[Float[Array, "B D"], Cache]]
@@ -75,15 +76,15 @@ def decode_queue(
     here = slots // queues
     queue = _Queue(
         read, draw, step, grow,
-        tokens=_split(prompts.tokens, queues), mask=_split(prompts.mask, queues),
-        noise=_split(noise, queues), config=config, slots=here, chunk=refill_size(here),
+        tokens=split(prompts.tokens, queues), mask=split(prompts.mask, queues),
+        noise=split(noise, queues), config=config, slots=here, chunk=refill_size(here),
     )  # fmt: skip
     state = jax.lax.while_loop(
         lambda state: jnp.any(queue.waiting(state) > 0),
         lambda state: jax.lax.while_loop(queue.has_read, queue.refill, queue.read_ahead(state)),
         queue.idle(),
     )
-    return jax.tree.map(_merge, state.written)
+    return jax.tree.map(merge, state.written)
 
 
 def refill_size(slots: int) -> int:
@@ -111,13 +112,14 @@ def blank(shape: tuple[int, ...], dtype: jnp.dtype, pad_token_id: int) -> Writte
 class _Ahead(eqx.Module):
     """Sequences of each of Q queues of which the prompt is read and the first token drawn.
 
-    `start` is the place in the queue of the first of A, `active` says which have not ended.
+    Room for as many as there are slots, a ring: sequence n lies at n modulo C. `active` says which
+    have not ended, `read` counts those that were put here.
     """
 
     cache: Cache
-    tokens: Int[Array, "Q A"]
-    active: Bool[Array, "Q A"]
-    start: Int[Array, " Q"]
+    tokens: Int[Array, "Q C"]
+    active: Bool[Array, "Q C"]
+    read: Int[Array, " Q"]
 
 
 class _Slots(eqx.Module):
@@ -155,19 +157,19 @@ class _Queue:
     def idle(self) -> _Slots:
         """Nothing read yet. Of the caches that are read here only the rank-0 leaves are kept."""
         queues, rows, length, _ = self.noise.shape
-        one = _merge(self.tokens[:, :1]), _merge(self.mask[:, :1])
+        one = merge(self.tokens[:, :1]), merge(self.mask[:, :1])
         hidden, cache = self.read(*one)
 
-        def empty(cache: Cache, rows: int) -> Cache:
+        def empty(cache: Cache) -> Cache:
             def zeros(x: Array) -> Array:
-                return jnp.zeros((queues * rows, *x.shape[1:]), x.dtype) if x.ndim else x
+                return jnp.zeros((queues * self.slots, *x.shape[1:]), x.dtype) if x.ndim else x
 
             return jax.tree.map(zeros, cache)
 
         zeros, none = jnp.zeros((queues, self.slots), jnp.int32), jnp.zeros(queues, jnp.int32)
-        ahead = _Ahead(empty(self._read(*one)[1], self.slots), zeros, zeros > 0, none - self.slots)
+        ahead = _Ahead(empty(self._read(*one)[1]), zeros, zeros > 0, none)
         return _Slots(
-            cache=empty(cache, self.slots), tokens=zeros, sequences=zeros, t=zeros,
+            cache=empty(cache), tokens=zeros, sequences=zeros, t=zeros,
             active=zeros > 0, taken=none, ahead=ahead,
             written=blank((queues, rows, length), hidden.dtype, self.config.pad_token_id),
         )  # fmt: skip
@@ -177,72 +179,57 @@ class _Queue:
         return self.noise.shape[1] - state.taken
 
     def has_read(self, state: _Slots) -> Bool[Array, ""]:
-        """Whether some queue is not empty, and none of those has nothing read ahead."""
-        waits = self.waiting(state) > 0
-        return jnp.any(waits) & ~jnp.any(waits & (self._left(state) == 0))
+        """Whether some queue is not empty, and none has slots for what it has not read."""
+        lacks = self._has_slots(state) & (self._left(state) == 0)
+        return jnp.any(self.waiting(state) > 0) & ~jnp.any(lacks)
 
     def read_ahead(self, state: _Slots) -> _Slots:
-        """Read the next prompts of every queue that has none ahead; draw their first tokens."""
+        """Read the next prompts of every queue and draw their first tokens, as many as fit."""
         samples, ahead = self.config.samples_per_prompt, state.ahead
-        none = self._left(state) == 0
         place = jnp.arange(self.slots, dtype=jnp.int32)[None]
-        prompt = state.taken[:, None] // samples + place[:, : self.slots // samples]
-        hidden, fresh = self._read(
-            _merge(_take(self.tokens, prompt)), _merge(_take(self.mask, prompt))
-        )
-        sequences = state.taken[:, None] + place
-        reads = none[:, None] & (sequences < self.noise.shape[1])
+        prompt = ahead.read[:, None] // samples + place[:, : self.slots // samples]
+        hidden, fresh = self._read(merge(take(self.tokens, prompt)), merge(take(self.mask, prompt)))
+        room = (self.slots - self._left(state)) // samples * samples
+        reads = jnp.minimum(room, self.noise.shape[1] - ahead.read)
+        fits, sequences = place < reads[:, None], ahead.read[:, None] + place
         tokens, active, written = self._write(
-            hidden, sequences, jnp.zeros_like(sequences), reads, state.written
+            hidden, sequences, jnp.zeros_like(sequences), fits, state.written
         )
-
-        def chosen(new: Array, old: Array) -> Array:
-            rows = jnp.repeat(none, len(new) // len(none)) if new.ndim else none[0]
-            return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old) if new.ndim else old
-
+        # A place outside of the slots is written nowhere.
+        at = jnp.where(fits, sequences % self.slots, self.slots + place)
         ahead = _Ahead(
-            cache=jax.tree.map(chosen, fresh, ahead.cache),
-            tokens=jnp.where(none[:, None], tokens, ahead.tokens),
-            active=jnp.where(none[:, None], active, ahead.active),
-            start=jnp.where(none, state.taken, ahead.start),
+            cache=put_rows(ahead.cache, fresh, at),
+            tokens=put(ahead.tokens, tokens, at),
+            active=put(ahead.active, active, at),
+            read=ahead.read + reads,
         )
         return replace(state, ahead=ahead, written=written)
 
     def refill(self, state: _Slots) -> _Slots:
         """Move sequences into free slots, and decode until there is room for more."""
-        taking = self._room(state)[:, None]
+        ahead, taking = state.ahead, self._room(state)
         place = jnp.arange(self.chunk, dtype=jnp.int32)[None]
         sequences = state.taken[:, None] + place
-        at = sequences - state.ahead.start[:, None]
-        # A place outside of the slots is written nowhere.
+        at = sequences % self.slots
         free = jnp.argsort(state.active, axis=1)[:, : self.chunk].astype(jnp.int32)
-        slots = jnp.where(place < taking, free, self.slots + place)
-        queues = len(taking)
-        fresh = jax.tree.map(
-            lambda x: _merge(_take(_split(x, queues), at)) if x.ndim else x, state.ahead.cache
-        )
+        slots = jnp.where(place < taking[:, None], free, self.slots + place)
+        fresh = take_rows(ahead.cache, at)
         if self.grow is not None:
             fresh = self.grow(fresh, self.tokens.shape[2] + self.noise.shape[2] - 1)
-
-        def replaced(running: Array, new: Array) -> Array:
-            if not running.ndim:
-                return running
-            return _merge(_put(_split(running, queues), _split(new, queues), slots))
-
         state = replace(
             state,
-            cache=jax.tree.map(replaced, state.cache, fresh),
-            tokens=_put(state.tokens, _take(state.ahead.tokens, at), slots),
-            sequences=_put(state.sequences, sequences, slots),
-            t=_put(state.t, jnp.ones_like(sequences), slots),
-            active=_put(state.active, _take(state.ahead.active, at), slots),
-            taken=state.taken + taking[:, 0],
+            cache=put_rows(state.cache, fresh, slots),
+            tokens=put(state.tokens, take(ahead.tokens, at), slots),
+            sequences=put(state.sequences, sequences, slots),
+            t=put(state.t, jnp.ones_like(sequences), slots),
+            active=put(state.active, take(ahead.active, at), slots),
+            taken=state.taken + taking,
         )
         return jax.lax.while_loop(self.runs, self.one_token, state)
 
     def one_token(self, state: _Slots) -> _Slots:
         """One more token of every active slot; the others compute what nobody reads."""
-        hidden, cache = self.step(_merge(state.tokens), state.cache)
+        hidden, cache = self.step(merge(state.tokens), state.cache)
         tokens, active, written = self._write(
             hidden, state.sequences, state.t, state.active, state.written
         )
@@ -255,25 +242,27 @@ class _Queue:
 
         Where one has it, the others take what they have room for, since their devices wait anyway.
         """
-        wanted = jnp.minimum(self.waiting(state), self.chunk)
-        refill = (wanted > 0) & (self._free(state) >= wanted)
-        return jnp.any(state.active) & ~jnp.any(refill)
+        return jnp.any(state.active) & ~jnp.any(self._has_slots(state))
 
     def _read(self, tokens: Int[Array, "n P"], mask: Bool[Array, "n P"]):
         """`read` for what waits: without room for its decode steps where that can be added."""
         return self.read(tokens, mask) if self.grow is None else self.read(tokens, mask, 0)
+
+    def _has_slots(self, state: _Slots) -> Bool[Array, " Q"]:
+        """Whether a refill, or all that wait if they are fewer, would find free slots."""
+        wanted = jnp.minimum(self.waiting(state), self.chunk)
+        return (wanted > 0) & (self._free(state) >= wanted)
 
     def _free(self, state: _Slots) -> Int[Array, " Q"]:
         return jnp.sum(~state.active, axis=1, dtype=jnp.int32)
 
     def _left(self, state: _Slots) -> Int[Array, " Q"]:
         """Sequences of each queue that are read and not taken."""
-        return state.ahead.start + self.slots - state.taken
+        return state.ahead.read - state.taken
 
     def _room(self, state: _Slots) -> Int[Array, " Q"]:
         """Sequences that a refill takes from each queue now."""
-        there = jnp.minimum(self.waiting(state), self._left(state))
-        return jnp.minimum(jnp.minimum(self._free(state), there), self.chunk)
+        return jnp.minimum(jnp.minimum(self._free(state), self._left(state)), self.chunk)
 
     def _write(
         self,
@@ -285,29 +274,10 @@ class _Queue:
     ) -> tuple[Int[Array, "Q X"], Bool[Array, "Q X"], Written]:
         """Draw token t of some sequences and write what is active: (tokens, still active, all)."""
         _, rows, length, _ = self.noise.shape
-        noise = _take(self.noise, sequences, t)
-        *drawn, is_eos = (_split(x, len(t)) for x in self.draw(hidden, _merge(noise), _merge(t)))
+        noise = take(self.noise, sequences, t)
+        *drawn, is_eos = (split(x, len(t)) for x in self.draw(hidden, merge(noise), merge(t)))
         tokens, logprobs, behaviour = drawn
         target = jnp.where(active, sequences, rows + jnp.arange(t.shape[1], dtype=t.dtype)[None])
         entry = (tokens, active, logprobs, behaviour)
-        written = tuple(_put(x, value, target, t) for x, value in zip(written, entry, strict=True))
+        written = tuple(put(x, value, target, t) for x, value in zip(written, entry, strict=True))
         return tokens, active & ~is_eos & (t + 1 < length), written
-
-
-def _split(x: Array, queues: int) -> Array:
-    return x.reshape(queues, -1, *x.shape[1:])
-
-
-def _merge(x: Array) -> Array:
-    return x.reshape(-1, *x.shape[2:])
-
-
-def _take(x: Array, *indices: Int[Array, "Q X"]) -> Array:
-    """x[q, i, ...] for the indices of each queue, the nearest one where there is none."""
-    return jax.vmap(lambda x, *i: x.at[i].get(mode="clip"))(x, *indices)
-
-
-def _put(x: Array, values: Array, *indices: Int[Array, "Q X"]) -> Array:
-    """`x` with values[q, j] at x[q, i, ...] for the indices [q, j]; one outside is left out."""
-    put = jax.vmap(lambda x, v, *i: x.at[i].set(v, mode="drop", unique_indices=True))
-    return put(x, values, *indices)

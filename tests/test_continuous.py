@@ -133,6 +133,31 @@ def test_every_sequence_is_decoded_once_and_no_slot_waits(slots, refill):
     assert [slots] * expected == STEPS
 
 
+READS: list[int] = []
+
+
+class ReadingPolicy(tiny.RecurrentPolicy):
+    """Reports the prompts of every prefill that really runs."""
+
+    def prefill(self, tokens, mask, capacity):
+        jax.debug.callback(lambda: READS.append(len(tokens)))
+        return super().prefill(tokens, mask, capacity)
+
+
+@pytest.mark.parametrize(("queues", "most"), [(1, 5), (2, 6)])
+def test_prompts_are_read_as_many_at_a_time_as_there_are_slots(queues, most):
+    """40 prompts, 8 slots: five reads, and hardly more where queues go at different speeds."""
+    READS.clear()
+    policy, batch = ReadingPolicy(KEY), tiny.prompts(LENGTHS[:20] * 2)
+    config = GenerationConfig(max_new_tokens=30, eos_token_ids=(1, 2, 3), decode_slots=8)
+    GENERATE(policy, batch, KEY, config=config, queues=queues)
+    jax.effects_barrier()
+    reads = [rows for rows in READS if rows == 8]
+    assert 5 <= len(reads) <= most, READS
+    # What gives the cache its shape reads one prompt a queue, and only a callback makes it run.
+    assert set(READS) <= {8, queues}, READS
+
+
 def test_slots_for_every_sequence_need_no_queue():
     def program(slots):
         config = GenerationConfig(max_new_tokens=3, eos_token_ids=(1,), decode_slots=slots)
