@@ -122,8 +122,9 @@ class GenerationConfig:
         top_k: sampling keeps the k most likely tokens; None keeps all.
         samples_per_prompt: G, responses that share one prefill.
         decode_slots: C, sequences that are decoded at a time (over all devices); one that has
-            ended gives its slot to the next of the batch. None decodes the whole batch in step.
-            It decides speed and memory, never the result.
+            ended gives its slot to the next of the batch, whose prompt was read ahead: besides the
+            slots, C prompts are in memory. None decodes the whole batch in step. It decides speed
+            and memory, never the result.
 
     Raises:
         ValueError: a count is out of its range.

@@ -15,7 +15,7 @@ The leading axis of every leaf is the batch (a rank-0 leaf is shared by the rows
 rollout can repeat it for the samples of a prompt, or put one prompt's row in the place of
 another's, whatever is inside.
 
-With `decode_slots` rows are replaced while the others go on: a row of a fresh prefill goes into
+With `decode_slots` rows are replaced while the others go on: a row of another prefill goes into
 every leaf with a batch axis, and rank-0 leaves stay those of the running cache, so what they say
 must hold for old and new rows alike. More steps than `capacity` - P are then taken in all, though
 no row takes more: see the ring of `KVCache`.
@@ -67,7 +67,8 @@ class Policy(Protocol):
 class GrowingPolicy(Policy, Protocol):
     """A policy whose cache can be given room for more slots while it is in use.
 
-    A long response is then decoded with a cache that is not much longer than what is written.
+    A long response is then decoded with a cache that is not much longer than what is written, and
+    prompts that are read ahead for `decode_slots` wait without room for a response.
     """
 
     def grow(self, cache: Cache, capacity: int) -> Cache:
