@@ -107,7 +107,7 @@ def _weight_sums(
     """sum_v exp(u_v) and sum_v u_v exp(u_v) of each row.
 
     On CPUs both in one reduction, of blocks of columns: XLA would write the weights and their
-    products to memory for two reductions, and takes one number at a time along a row.
+    products to memory for two reductions, and one along rows takes longer.
     """
 
     def plain(shifted):
