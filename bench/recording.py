@@ -42,6 +42,7 @@ def record(
     benchmark.extra_info.update(
         figures(work, machine, benchmark.stats["median"]),
         name=name,
+        device=jax.devices()[0].device_kind,
         compile_s=round(compile_s, 3),
         temporary_mb=temporary_mb,
         calibration_s=min(calibrations),

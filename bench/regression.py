@@ -13,6 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 
+def kind_of_machine(results: Path) -> str:
+    """What a baseline holds for: the accelerator, or who made the processor."""
+    found = json.loads(results.read_text())
+    device = found["benchmarks"][0]["extra_info"]["device"]
+    info = found["machine_info"]
+    return info["cpu"].get("vendor_id_raw", info["machine"]) if device == "cpu" else device
+
+
 def ratios(results: Path) -> dict[str, float]:
     """Name of a benchmark -> its fastest round over the calibration kernel's fastest."""
     benchmarks = json.loads(results.read_text())["benchmarks"]
@@ -41,12 +49,17 @@ def check(results: Path, baseline: Path, tolerance: float) -> int:
     if not baseline.exists():
         print(f"No baseline at {baseline}; `make bench-baseline` saves one.")
         return 2
-    now, saved = ratios(results), json.loads(baseline.read_text())
+    kind, kinds = kind_of_machine(results), json.loads(baseline.read_text())
+    if kind not in kinds:
+        print(f"{baseline} has {sorted(kinds)} and not {kind!r}; `make bench-baseline` saves it.")
+        return 2
+    now, saved = ratios(results), kinds[kind]
     rows = compare(now, saved, tolerance)
     if not rows:
         print(f"{results} and {baseline} have no benchmark in common.")
         return 2
-    table = Table(title=f"Ratios to the calibration kernel; slower means above {tolerance:g} x")
+    title = f"{kind}: ratios to the calibration kernel; slower means above {tolerance:g} x"
+    table = Table(title=title)
     for column in ("benchmark", "baseline", "now", "change", "verdict"):
         table.add_column(column, justify="left" if column == "benchmark" else "right")
     for name, before, after, verdict in rows:
@@ -59,11 +72,13 @@ def check(results: Path, baseline: Path, tolerance: float) -> int:
 
 
 def save(results: Path, baseline: Path) -> int:
-    """Write the ratios; benchmarks that did not run this time keep what the baseline has."""
-    kept = json.loads(baseline.read_text()) if baseline.exists() else {}
+    """Write the ratios; other kinds of machine, and benchmarks that did not run, keep theirs."""
+    kind = kind_of_machine(results)
+    kinds = json.loads(baseline.read_text()) if baseline.exists() else {}
     saved = {name: float(f"{value:.5g}") for name, value in ratios(results).items()}
-    baseline.write_text(json.dumps(kept | saved, indent=1, sort_keys=True) + "\n")
-    print(f"Saved {len(saved)} ratios to {baseline}.")
+    kinds[kind] = kinds.get(kind, {}) | saved
+    baseline.write_text(json.dumps(kinds, indent=1, sort_keys=True) + "\n")
+    print(f"Saved {len(saved)} ratios of {kind} to {baseline}.")
     return 0
 
 
