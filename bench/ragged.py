@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--stage", default="rollout", choices=("rollout", "learn"))
     parser.add_argument("--dtype", default="float32", help="of parameters, activations and cache")
     parser.add_argument("--slots", type=int, default=32, help="of the rollout")
-    parser.add_argument("--microbatch", type=int, default=2, help="sequences, where lengths differ")
+    parser.add_argument("--microbatch", type=int, default=4, help="sequences, where lengths differ")
     parser.add_argument("--rounds", type=int, default=5)
     flags = parser.parse_args()
     print(json.dumps(run_rollout(flags) if flags.stage == "rollout" else run_learn(flags)))
