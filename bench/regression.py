@@ -13,19 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 
-def kind_of_machine(results: Path) -> str:
-    """What a baseline holds for: the accelerator, or who made the processor."""
+def read(results: Path) -> tuple[str, dict[str, float]]:
+    """The kind of machine, and name of a benchmark -> its fastest round over the kernel's fastest.
+
+    A baseline holds for a kind: an accelerator's, or the maker of the processor.
+    """
     found = json.loads(results.read_text())
-    device = found["benchmarks"][0]["extra_info"]["device"]
-    info = found["machine_info"]
-    return info["cpu"].get("vendor_id_raw", info["machine"]) if device == "cpu" else device
-
-
-def ratios(results: Path) -> dict[str, float]:
-    """Name of a benchmark -> its fastest round over the calibration kernel's fastest."""
-    benchmarks = json.loads(results.read_text())["benchmarks"]
+    benchmarks, info = found["benchmarks"], found["machine_info"]
+    device = benchmarks[0]["extra_info"]["device"]
+    kind = info["cpu"].get("vendor_id_raw", info["machine"]) if device == "cpu" else device
     # The fastest rounds are those that other processes disturbed least.
-    return {
+    return kind, {
         f"{b['group']}: {b['extra_info']['name']}": b["stats"]["min"]
         / b["extra_info"]["calibration_s"]
         for b in benchmarks
@@ -49,11 +47,11 @@ def check(results: Path, baseline: Path, tolerance: float) -> int:
     if not baseline.exists():
         print(f"No baseline at {baseline}; `make bench-baseline` saves one.")
         return 2
-    kind, kinds = kind_of_machine(results), json.loads(baseline.read_text())
+    (kind, now), kinds = read(results), json.loads(baseline.read_text())
     if kind not in kinds:
         print(f"{baseline} has {sorted(kinds)} and not {kind!r}; `make bench-baseline` saves it.")
         return 2
-    now, saved = ratios(results), kinds[kind]
+    saved = kinds[kind]
     rows = compare(now, saved, tolerance)
     if not rows:
         print(f"{results} and {baseline} have no benchmark in common.")
@@ -73,9 +71,9 @@ def check(results: Path, baseline: Path, tolerance: float) -> int:
 
 def save(results: Path, baseline: Path) -> int:
     """Write the ratios; other kinds of machine, and benchmarks that did not run, keep theirs."""
-    kind = kind_of_machine(results)
+    kind, now = read(results)
     kinds = json.loads(baseline.read_text()) if baseline.exists() else {}
-    saved = {name: float(f"{value:.5g}") for name, value in ratios(results).items()}
+    saved = {name: float(f"{value:.5g}") for name, value in now.items()}
     kinds[kind] = kinds.get(kind, {}) | saved
     baseline.write_text(json.dumps(kinds, indent=1, sort_keys=True) + "\n")
     print(f"Saved {len(saved)} ratios of {kind} to {baseline}.")

@@ -155,10 +155,9 @@ class _Queue:
     chunk: int
 
     def idle(self) -> _Slots:
-        """Nothing read yet. Of the caches that are read here only the rank-0 leaves are kept."""
+        """Nothing read yet. Of the cache that is read here only the rank-0 leaves are kept."""
         queues, rows, length, _ = self.noise.shape
-        one = merge(self.tokens[:, :1]), merge(self.mask[:, :1])
-        hidden, cache = self.read(*one)
+        hidden, like = self._read(merge(self.tokens[:, :1]), merge(self.mask[:, :1]))
 
         def empty(cache: Cache) -> Cache:
             def zeros(x: Array) -> Array:
@@ -167,9 +166,9 @@ class _Queue:
             return jax.tree.map(zeros, cache)
 
         zeros, none = jnp.zeros((queues, self.slots), jnp.int32), jnp.zeros(queues, jnp.int32)
-        ahead = _Ahead(empty(self._read(*one)[1]), zeros, zeros > 0, none)
+        ahead = _Ahead(empty(like), zeros, zeros > 0, none)
         return _Slots(
-            cache=empty(cache), tokens=zeros, sequences=zeros, t=zeros,
+            cache=empty(self._with_room(like)), tokens=zeros, sequences=zeros, t=zeros,
             active=zeros > 0, taken=none, ahead=ahead,
             written=blank((queues, rows, length), hidden.dtype, self.config.pad_token_id),
         )  # fmt: skip
@@ -213,9 +212,7 @@ class _Queue:
         at = sequences % self.slots
         free = jnp.argsort(state.active, axis=1)[:, : self.chunk].astype(jnp.int32)
         slots = jnp.where(place < taking[:, None], free, self.slots + place)
-        fresh = take_rows(ahead.cache, at)
-        if self.grow is not None:
-            fresh = self.grow(fresh, self.tokens.shape[2] + self.noise.shape[2] - 1)
+        fresh = self._with_room(take_rows(ahead.cache, at))
         state = replace(
             state,
             cache=put_rows(state.cache, fresh, slots),
@@ -252,6 +249,12 @@ class _Queue:
         """Whether a refill, or all that wait if they are fewer, would find free slots."""
         wanted = jnp.minimum(self.waiting(state), self.chunk)
         return (wanted > 0) & (self._free(state) >= wanted)
+
+    def _with_room(self, cache: Cache) -> Cache:
+        """What `_read` gave, with room for all decode steps."""
+        if self.grow is None:
+            return cache
+        return self.grow(cache, self.tokens.shape[2] + self.noise.shape[2] - 1)
 
     def _free(self, state: _Slots) -> Int[Array, " Q"]:
         return jnp.sum(~state.active, axis=1, dtype=jnp.int32)
