@@ -34,6 +34,9 @@ Written: TypeAlias = tuple[Array, ...]
 _REFILLS = 8
 """Slots over those of a refill: fewer refills keep more slots waiting, more move few rows."""
 
+_DRAINS = 4
+"""Slots over those that the last sequences are decoded in."""
+
 
 def decode_queue(
     read: Read,
@@ -83,6 +86,9 @@ def decode_queue(
         lambda state: jnp.any(queue.waiting(state) > 0),
         lambda state: jax.lax.while_loop(queue.has_read, queue.refill, queue.read_ahead(state)),
         queue.idle(),
+    )
+    state = jax.lax.while_loop(
+        lambda state: jnp.any(state.active), queue.one_token, queue.narrow(state)
     )
     return jax.tree.map(merge, state.written)
 
@@ -235,11 +241,31 @@ class _Queue:
         )
 
     def runs(self, state: _Slots) -> Bool[Array, ""]:
-        """Whether to go on decoding: some slot is active, and no queue has room for a refill.
+        """Whether to go on decoding in all slots: some are active, and no queue can be refilled.
 
-        Where one has it, the others take what they have room for, since their devices wait anyway.
+        Where one can, the others take what they have room for, since their devices wait anyway.
+        Once nothing waits, it stops as soon as `narrow` keeps all that is active.
         """
-        return jnp.any(state.active) & ~jnp.any(self._has_slots(state))
+        few = jnp.where(jnp.any(self.waiting(state) > 0), 0, self._last)
+        active = jnp.sum(state.active, axis=1)
+        return jnp.any(active > few) & ~jnp.any(self._has_slots(state))
+
+    def narrow(self, state: _Slots) -> _Slots:
+        """The last few slots of each queue by themselves, the active ones among them."""
+        last = jnp.argsort(~state.active, axis=1)[:, : self._last]
+        return replace(
+            state,
+            cache=take_rows(state.cache, last),
+            tokens=take(state.tokens, last),
+            sequences=take(state.sequences, last),
+            t=take(state.t, last),
+            active=take(state.active, last),
+        )
+
+    @property
+    def _last(self) -> int:
+        """Slots of each queue in which its last sequences are decoded."""
+        return max(1, self.slots // _DRAINS)
 
     def _read(self, tokens: Int[Array, "n P"], mask: Bool[Array, "n P"]):
         """`read` for what waits: without room for its decode steps where that can be added."""

@@ -107,21 +107,25 @@ def test_the_ring_is_needed(float64, monkeypatch):
     assert (rollout.tokens != expected.tokens).any()
 
 
-def decode_steps(lengths, slots, refill):
-    """Steps of a loop that takes `refill` sequences once they, or all that wait, have room."""
-    waiting, running, steps = list(lengths), np.zeros(slots, int), 0
+def rows_of_steps(lengths, slots, refill, last):
+    """Rows of each decode step of a loop that takes `refill` sequences once they, or all that wait,
+    have room, and that goes on with `last` slots once these are enough for all.
+    """
+    waiting, running, rows = list(lengths), np.zeros(slots, int), []
     while waiting or running.any():
         idle = np.flatnonzero(running == 0)
         if waiting and len(idle) >= min(refill, len(waiting)):
             for slot in idle[: min(refill, len(waiting))]:
                 running[slot] = waiting.pop(0) - 1
         else:
-            running, steps = np.maximum(running - 1, 0), steps + 1
-    return steps
+            few = not waiting and (running > 0).sum() <= last
+            rows.append(last if few else slots)
+            running = np.maximum(running - 1, 0)
+    return rows
 
 
-@pytest.mark.parametrize(("slots", "refill"), [(1, 1), (5, 1), (16, 2)])
-def test_every_sequence_is_decoded_once_and_no_slot_waits(slots, refill):
+@pytest.mark.parametrize(("slots", "refill", "last"), [(1, 1, 1), (5, 1, 1), (16, 2, 4)])
+def test_every_sequence_is_decoded_once_and_no_slot_waits(slots, refill, last):
     assert refill_size(slots) == refill
     STEPS.clear()
     config = GenerationConfig(max_new_tokens=30, eos_token_ids=(1, 2, 3), decode_slots=slots)
@@ -129,8 +133,9 @@ def test_every_sequence_is_decoded_once_and_no_slot_waits(slots, refill):
     rollout = GENERATE(policy, batch, KEY, config=config)
     jax.effects_barrier()
     assert len(set(rollout.lengths.tolist())) > 3
-    expected = decode_steps(rollout.lengths.tolist(), slots, refill)
-    assert [slots] * expected == STEPS
+    expected = rows_of_steps(rollout.lengths.tolist(), slots, refill, last)
+    assert len(set(expected)) == len({slots, last})
+    assert expected == STEPS
 
 
 READS: list[int] = []
