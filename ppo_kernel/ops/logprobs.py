@@ -78,7 +78,7 @@ def _forward(logits, tokens, temperature):
     logprobs = (chosen - largest) * rate - log_total
     entropies = log_total - (weighted / total)[:, None]
     residuals = (logits, tokens, rate, largest, log_total, entropies)
-    return (logprobs[:, 0], entropies[:, 0]), residuals
+    return (jnp.squeeze(logprobs, axis=1), jnp.squeeze(entropies, axis=1)), residuals
 
 
 def _backward(residuals, gradients):
@@ -104,25 +104,27 @@ def _finite(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
 def _weight_sums(
     shifted: Float[Array, "C V"],
 ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
-    """sum_v exp(u_v) and sum_v u_v exp(u_v) of each row.
+    """sum_v exp(u_v) and sum_v u_v exp(u_v) of each row."""
+    return jax.lax.platform_dependent(shifted, cpu=_sums_in_blocks, default=_sums_apart)
 
-    On CPUs both in one reduction, of blocks of columns: XLA would write the weights and their
-    products to memory for two reductions, and one along rows takes longer.
+
+def _sums_apart(shifted: Float[Array, "C V"]) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+    weights = jnp.exp(shifted)
+    return jnp.sum(weights, axis=-1), jnp.sum(weights * _finite(shifted), axis=-1)
+
+
+def _sums_in_blocks(shifted: Float[Array, "C V"]) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+    """Both in one reduction, of blocks of columns, for CPUs.
+
+    For two reductions XLA would write the weights and their products to memory, and one along rows
+    takes longer.
     """
-
-    def plain(shifted):
-        weights = jnp.exp(shifted)
-        return jnp.sum(weights, axis=-1), jnp.sum(weights * _finite(shifted), axis=-1)
-
-    def together(shifted):
-        blocks = shifted.reshape(len(shifted), math.gcd(shifted.shape[1], 16), -1)
-        weights = jnp.exp(blocks)
-        pair = (weights, weights * _finite(blocks))
-        zero = jnp.zeros((), shifted.dtype)
-        sums = jax.lax.reduce(pair, (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (1,))
-        return jnp.sum(sums[0], axis=-1), jnp.sum(sums[1], axis=-1)
-
-    return jax.lax.platform_dependent(shifted, cpu=together, default=plain)
+    blocks = shifted.reshape(len(shifted), math.gcd(shifted.shape[1], 16), -1)
+    weights = jnp.exp(blocks)
+    pair = (weights, weights * _finite(blocks))
+    zero = jnp.zeros((), shifted.dtype)
+    sums = jax.lax.reduce(pair, (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (1,))
+    return jnp.sum(sums[0], axis=-1), jnp.sum(sums[1], axis=-1)
 
 
 def logprobs_from_hidden(

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from ppo_kernel.ops.logprobs import entropy, logprobs_from_hidden, token_logprobs
+from ppo_kernel.ops.logprobs import (
+    _sums_apart,
+    _sums_in_blocks,
+    entropy,
+    logprobs_from_hidden,
+    token_logprobs,
+)
 from ppo_kernel.sharding import make_mesh, place
 from ppo_kernel.testing import (
     TOLERANCES,
@@ -73,6 +79,18 @@ def test_the_joint_gradient_is_that_of_its_parts(float64, z, tokens):
         return jnp.sum(2.0 * jnp.exp(token_logprobs(z, tokens)) - 3.0 * entropy(z))
 
     np.testing.assert_allclose(jax.grad(joint)(z), jax.grad(parts)(z), *TOLERANCES["float64"])
+
+
+@pytest.mark.parametrize("sums", [_sums_apart, _sums_in_blocks])
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, IN_BLOCKS])
+def test_the_sums_are_the_same_on_every_platform(float64, sums, vocabulary):
+    """Accelerators take them apart, CPUs in blocks; here both run."""
+    u = np.random.default_rng(0).normal(size=(5, vocabulary))
+    u[1, 2:] = -np.inf
+    total, weighted = sums(jnp.asarray(u))
+    np.testing.assert_allclose(total, np.exp(u).sum(axis=1), rtol=1e-14)
+    expected = np.where(np.isfinite(u), u, 0) * np.exp(u)
+    np.testing.assert_allclose(weighted, expected.sum(axis=1), rtol=1e-13)
 
 
 def test_a_likely_token_keeps_its_digits_under_large_logits():
