@@ -49,7 +49,7 @@ class TransformerConfig:
             rotations, attention weights, activations): less to write and read back. None keeps
             everything, `nothing_saveable` only the layer's input.
         unroll: layers in one turn of the compiled loop. With more, programs take longer to compile
-            and small models less time to run.
+            and more memory, and small models less time to run.
         attention: what mixes the values of whole sequences, with the signature of the default:
             `attend_causally`, or `fused_attention.cudnn_attention`.
 
@@ -220,7 +220,8 @@ class Transformer(eqx.Module):
             return x + block.mlp(block.mlp_norm(x)), (keys, values)
 
         if self.config.remat is not None:
-            # A scan keeps its iterations apart, so nothing is merged back by XLA.
+            # The turns of a scan are apart. Within one, XLA may merge what is computed again with
+            # the first time and keep it: where memory matters, `unroll` stays at 1.
             apply = jax.checkpoint(apply, policy=self.config.remat, prevent_cse=False)
         x, cached = jax.lax.scan(apply, self._embed(tokens), self.blocks, unroll=self.config.unroll)
         return self.norm(x), cached
