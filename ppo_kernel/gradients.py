@@ -12,7 +12,7 @@ from .learner import Learner, wide
 from .losses import is_clipped
 from .ops.kl import is_clamped, k3
 from .ops.masked import masked_sum
-from .scoring import critic_values, full_sequences, response_logprobs, response_values
+from .scoring import critic_values, response_hidden, response_logprobs, response_values
 from .sharding import Pin
 from .types import Experience
 
@@ -104,8 +104,7 @@ def _trimmed(part: tuple[Experience, Float[Array, "m T"]], width: int):
 def _loss(models, sides, part: Experience, weights, hyperparams, kl_coef, *, config, learner):
     """Weighted loss of these sides on a micro-batch; sums of what the metrics report."""
     rollout = part.rollout
-    tokens, valid = full_sequences(rollout)
-    policy_hidden = cache(lambda: models["actor"].hidden(tokens, valid))
+    policy_hidden = cache(lambda: response_hidden(models["actor"], rollout))
     losses, sums = [], {}
     if "actor" in sides:
         logprobs, entropies = response_logprobs(
@@ -117,7 +116,7 @@ def _loss(models, sides, part: Experience, weights, hyperparams, kl_coef, *, con
         )
         losses.append(loss)
     if "critic" in sides:
-        values = critic_values(models["critic"], tokens, valid, policy_hidden)
+        values = critic_values(models["critic"], rollout, policy_hidden)
         values, _ = response_values(values, rollout)
         loss = _critic_loss(values, part, weights, hyperparams, learner)
         losses.append(jnp.asarray(hyperparams.value_coef, loss.dtype) * loss)

@@ -20,7 +20,7 @@ from .models.base import Policy
 from .ops.masked import at_least_float32, whiten, wider_type
 from .rewards import adaptive_kl_coef, token_rewards
 from .rollout import generate
-from .scoring import full_sequences, response_logprobs, score
+from .scoring import response_hidden, response_logprobs, score
 from .sharding import batch_shards, pin_batch, pin_parameters
 from .types import AdvantageEstimator, Experience, Metrics, Prompts, RewardFn, Rollout, Scores
 from .update import update
@@ -75,7 +75,7 @@ def collect(
     scores = score(state.policy, reference, state.critic, rollout, **settings)
     old_logprobs = rollout.logprobs
     if config.recompute_old_logprobs:
-        hidden = state.policy.hidden(*full_sequences(rollout))
+        hidden = response_hidden(state.policy, rollout)
         old_logprobs, _ = response_logprobs(state.policy, rollout, hidden, **settings)
     return pin(Collected(rollout, old_logprobs, scores))
 

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .models.base import Critic, Policy
+from .models.base import Critic, FromSlot, Policy
 from .models.heads import ValueHead
 from .ops.logprobs import logprobs_from_hidden
 from .types import Rollout, Scalar, Scores
@@ -32,7 +32,7 @@ def predicting_slots(x: Float[Array, "B S *rest"], num_tokens: int) -> Float[Arr
 def response_logprobs(
     policy: Policy,
     rollout: Rollout,
-    hidden: Float[Array, "B S D"],
+    hidden: Float[Array, "B rest D"],
     *,
     temperature: Scalar,
     chunk_size: int | None = None,
@@ -44,7 +44,7 @@ def response_logprobs(
     Args:
         policy: its output head is applied.
         rollout: B sequences.
-        hidden: the policy's, of `full_sequences(rollout)`.
+        hidden: the policy's, of `full_sequences(rollout)` or the `response_hidden` of it.
         temperature, chunk_size: as in `logprobs_from_hidden`, which has the formulas and errors.
 
     Returns:
@@ -60,14 +60,14 @@ def response_logprobs(
 
 
 def response_values(
-    values: Float[Array, "B S"], rollout: Rollout
+    values: Float[Array, "B rest"], rollout: Rollout
 ) -> tuple[Float[Array, "B T"], Float[Array, " B"]]:
     """V_t before each response token, and the value after the last one.
 
         V_t = value(slot P - 1 + t),   bootstrap = value(slot P - 1 + length)
 
     Args:
-        values: the critic's, after reading each slot.
+        values: the critic's, after reading each slot, or the last T + 1 of them.
         rollout: says where the response starts and ends.
 
     Returns:
@@ -79,25 +79,45 @@ def response_values(
     return predicting_slots(values, length), jnp.squeeze(last, axis=1)
 
 
+def response_hidden(policy: Policy, rollout: Rollout) -> Float[Array, "B rest D"]:
+    """The policy's hidden states from the last slot of the prompts on: all that a loss reads.
+
+    Args:
+        policy: by its `from_slot` where it is `FromSlot`.
+        rollout: B sequences.
+
+    Returns:
+        T + 1 states a sequence.
+    """
+    return _from_prompt_end(policy, policy.hidden, rollout)
+
+
 def critic_values(
     critic: Critic | ValueHead,
-    tokens: Int[Array, "B S"],
-    mask: Bool[Array, "B S"],
-    policy_hidden: Callable[[], Float[Array, "B S D"]],
-) -> Float[Array, "B S"]:
+    rollout: Rollout,
+    policy_hidden: Callable[[], Float[Array, "B rest D"]],
+) -> Float[Array, "B rest"]:
     """Values of a separate critic, or of a `ValueHead` on the policy's hidden states.
 
     Args:
         critic: a model [B, S] -> [B, S], or a `ValueHead`.
-        tokens, mask: whole sequences, see `full_sequences`.
-        policy_hidden: gives the policy's hidden states; called only for a `ValueHead`.
+        rollout: B sequences.
+        policy_hidden: gives `response_hidden`; called only for a `ValueHead`.
 
     Returns:
-        Value after reading each slot, reward units.
+        Values from the last slot of the prompts on, T + 1 a sequence, reward units.
     """
     if isinstance(critic, ValueHead):
         return critic(policy_hidden())
-    return critic(tokens, mask)
+    return _from_prompt_end(critic, critic, rollout)
+
+
+def _from_prompt_end(model: Policy | Critic, whole: Callable, rollout: Rollout):
+    tokens, mask = full_sequences(rollout)
+    start = rollout.prompt_tokens.shape[1] - 1
+    if isinstance(model, FromSlot):
+        return model.from_slot(tokens, mask, start)
+    return whole(tokens, mask)[:, start:]
 
 
 def score(
@@ -121,15 +141,14 @@ def score(
     Returns:
         `Scores`, all in at least float32.
     """
-    tokens, mask = full_sequences(rollout)
     logprobs, _ = response_logprobs(
         reference,
         rollout,
-        reference.hidden(tokens, mask),
+        response_hidden(reference, rollout),
         temperature=temperature,
         chunk_size=chunk_size,
     )
-    values = critic_values(critic, tokens, mask, lambda: policy.hidden(tokens, mask))
+    values = critic_values(critic, rollout, lambda: response_hidden(policy, rollout))
     return Scores(logprobs, *response_values(values, rollout))
 
 
@@ -145,5 +164,5 @@ class ModelReward(eqx.Module):
 
     def __call__(self, rollout: Rollout) -> Float[Array, " B"]:
         """One score a sequence; that of the prompt alone where the response is empty."""
-        _, scores = response_values(self.model(*full_sequences(rollout)), rollout)
+        _, scores = response_values(_from_prompt_end(self.model, self.model, rollout), rollout)
         return scores

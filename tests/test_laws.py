@@ -33,6 +33,7 @@ POLICIES = {
     "tied": lambda: tiny.language_model(tie_embeddings=True),
     "qwen2": lambda: _with_biases(tiny.language_model(qkv_bias=True)),
     "qwen3": lambda: tiny.language_model(qk_norm=True),
+    "unrolled": lambda: tiny.language_model(unroll=2),
     "recurrent": lambda: tiny.RecurrentPolicy(jax.random.key(0)),
 }
 

@@ -48,8 +48,12 @@ class Attention(eqx.Module):
         mask: Bool[Array, "B S"],
         rotation: Rotation,
         mix: Callable[..., Float[Array, "B K group S E"]],
-    ) -> tuple[Float[Array, "B S D"], Float[Array, "B S K E"], Float[Array, "B S K E"]]:
-        """Causal attention by `mix` over the valid slots; also the keys and values, for a cache."""
+        start: int = 0,
+    ) -> tuple[Float[Array, "B rest D"], Float[Array, "B S K E"], Float[Array, "B S K E"]]:
+        """Causal attention by `mix` over the valid slots, from slot `start` on.
+
+        Also the keys and values of all slots, for a cache.
+        """
         query, key, value = self.project(x, rotation)
         mixed = mix(
             self._grouped(query).transpose(0, 2, 3, 1, 4),
@@ -57,8 +61,8 @@ class Attention(eqx.Module):
             value.swapaxes(1, 2),
             mask,
         )
-        mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1)
-        return self.output(mixed), key, value
+        mixed = mixed[:, :, :, start:].transpose(0, 3, 1, 2, 4)
+        return self.output(mixed.reshape(*mixed.shape[:2], -1)), key, value
 
     def decoder(self) -> Callable:
         """One token a row against the cache; asked for once, outside the decode loop.

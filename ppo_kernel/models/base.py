@@ -77,6 +77,21 @@ class GrowingPolicy(Policy, Protocol):
 
 
 @runtime_checkable
+class FromSlot(Protocol):
+    """A policy or critic that need not finish the slots whose results nobody reads.
+
+    Losses and scores read a sequence from the last slot of its prompt on. The last layer of a
+    Transformer owes the slots before it no more than their keys and values.
+    """
+
+    def from_slot(
+        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int
+    ) -> Float[Array, "B rest *D"]:
+        """The hidden states of a policy, or the values of a critic, from slot `start` on."""
+        ...
+
+
+@runtime_checkable
 class Critic(Protocol):
     """A model of one number a slot: a value model, or the trunk of a reward model."""
 

@@ -37,6 +37,12 @@ class LanguageModel(eqx.Module):
         """Final hidden state of every slot; arguments as in `Policy`."""
         return self.trunk(tokens, mask)
 
+    def from_slot(
+        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int
+    ) -> Float[Array, "B rest D"]:
+        """Final hidden state of the slots from `start` on; arguments as in `FromSlot`."""
+        return self.trunk.from_slot(tokens, mask, start)
+
     @jax.named_scope("unembed")
     def unembed(self, hidden: Float[Array, "C D"]) -> Float[Array, "C V"]:
         """Logits of each row of `hidden`."""
@@ -87,3 +93,9 @@ class ValueModel(eqx.Module):
     def __call__(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S"]:
         """Value after reading each slot, reward units."""
         return self.head(self.trunk(tokens, mask))
+
+    def from_slot(
+        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int
+    ) -> Float[Array, "B rest"]:
+        """Values of the slots from `start` on; arguments as in `FromSlot`."""
+        return self.head(self.trunk.from_slot(tokens, mask, start))

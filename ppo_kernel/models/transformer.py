@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -49,7 +50,8 @@ class TransformerConfig:
             rotations, attention weights, activations): less to write and read back. None keeps
             everything, `nothing_saveable` only the layer's input.
         unroll: layers in one turn of the compiled loop. With more, programs take longer to compile
-            and more memory, and small models less time to run.
+            and more memory, and small models less time to run. With all of them in one turn, the
+            last layer leaves out what only the prompts' own results need: see `FromSlot`.
         attention: what mixes the values of whole sequences, with the signature of the default:
             `attend_causally`, or `fused_attention.cudnn_attention`.
 
@@ -172,22 +174,26 @@ class Transformer(eqx.Module):
         """Final hidden state of every slot, compute type."""
         return self._forward(tokens, mask)[0]
 
+    def from_slot(
+        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int
+    ) -> Float[Array, "B rest D"]:
+        """Final hidden state of the slots from `start` on; arguments as in `FromSlot`."""
+        return self._forward(tokens, mask, start)[0]
+
     def prefill(
         self, tokens: Int[Array, "N P"], mask: Bool[Array, "N P"], capacity: int
     ) -> tuple[Float[Array, "N D"], Cache]:
         """Hidden state of the last slot, and the cache; arguments as in `Policy`."""
-        hidden, (keys, values) = self._forward(tokens, mask)
+        hidden, (keys, values) = self._forward(tokens, mask, tokens.shape[1] - 1)
         dtype = self.config.cache_dtype
         cache = KVCache.from_prefill(keys.astype(dtype), values.astype(dtype), mask, capacity)
-        return hidden[:, -1], cache
+        return hidden[:, 0], cache
 
     def decoder(self) -> Decoder:
         """The decode step, over layers taken apart once so that the loop copies no weights."""
-        blocks = [
-            jax.tree.map(lambda x, i=index: x[i], self.blocks)
-            for index in range(self.config.num_layers)
+        layers = [
+            (block, block.attention.decoder(), block.mlp.decoder()) for block in self._apart()
         ]
-        layers = [(block, block.attention.decoder(), block.mlp.decoder()) for block in blocks]
 
         def step(tokens: Int[Array, " B"], cache: KVCache):
             x = self._embed(tokens)
@@ -209,22 +215,47 @@ class Transformer(eqx.Module):
 
         return step
 
-    def _forward(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]):
+    def _forward(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int = 0):
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         rotation = self._rotation(positions)
 
-        def apply(x: Float[Array, "B S D"], block: Block):
+        def apply(start: int, x: Float[Array, "B S D"], block: Block):
             normed = block.attention_norm(x)
-            mixed, keys, values = block.attention(normed, mask, rotation, self.config.attention)
-            x = x + mixed
+            mixed, keys, values = block.attention(
+                normed, mask, rotation, self.config.attention, start
+            )
+            x = x[:, start:] + mixed
             return x + block.mlp(block.mlp_norm(x)), (keys, values)
 
-        if self.config.remat is not None:
+        def layer(start: int):
+            step = partial(apply, start)
+            if self.config.remat is None:
+                return step
             # The turns of a scan are apart. Within one, XLA may merge what is computed again with
             # the first time and keep it: where memory matters, `unroll` stays at 1.
-            apply = jax.checkpoint(apply, policy=self.config.remat, prevent_cse=False)
-        x, cached = jax.lax.scan(apply, self._embed(tokens), self.blocks, unroll=self.config.unroll)
-        return self.norm(x), cached
+            return jax.checkpoint(step, policy=self.config.remat, prevent_cse=False)
+
+        x, count, turn = self._embed(tokens), self.config.num_layers, self.config.unroll
+        if start == 0 or turn < count:
+            # A scan that left the last layer to another step would copy the matrices of the rest.
+            x, cached = jax.lax.scan(layer(0), x, self.blocks, unroll=turn)
+            return self.norm(x[:, start:]), cached
+        # All but the last are one function, so that it is traced once.
+        steps, cached = [layer(0)] * (count - 1) + [layer(start)], []
+        for step, block in zip(steps, self._apart(), strict=True):
+            x, keys_and_values = step(x, block)
+            cached.append(keys_and_values)
+        return self.norm(x), jax.tree.map(lambda *parts: jnp.stack(parts), *cached)
+
+    def _apart(self) -> list[Block]:
+        """The layers one by one; the gradients of all are put together at once."""
+        leaves, structure = jax.tree.flatten(self.blocks)
+        count = self.config.num_layers
+        parts = [jax.lax.split(x, (1,) * count) for x in leaves]
+        return [
+            jax.tree.unflatten(structure, [jnp.squeeze(part, 0) for part in layer])
+            for layer in zip(*parts, strict=True)
+        ]
 
     def _embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
         return self.embedding[tokens].astype(self.config.compute_dtype)

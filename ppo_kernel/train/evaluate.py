@@ -13,7 +13,7 @@ from ..config import GenerationConfig
 from ..io.tokenizer import Tokenizer, left_pad
 from ..models.base import Policy
 from ..rollout import generate
-from ..scoring import full_sequences, response_logprobs
+from ..scoring import response_hidden, response_logprobs
 from ..types import Prompts, RewardFn, Rollout
 from .ppo import decode
 
@@ -77,7 +77,7 @@ class Evaluator:
 
     def _sampled(self, policy: Policy, reference: Policy) -> tuple[Rollout, Float[Array, "B T"]]:
         rollout = generate(policy, self.prompts, self.key, config=self.config)
-        hidden = reference.hidden(*full_sequences(rollout))
+        hidden = response_hidden(reference, rollout)
         logprobs, _ = response_logprobs(reference, rollout, hidden, temperature=1.0)
         return rollout, logprobs
 
