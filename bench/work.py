@@ -53,9 +53,9 @@ def figures(work: Work, machine: Machine, seconds: float) -> dict[str, float]:
 def rollout_work(size: Size, item: int = 4) -> Work:
     """Prefill, then T - 1 decode steps; each step reads all weights and the cache once."""
     rows, steps = size.batch, size.response - 1
-    prompts = _forward(size, size.prompt, heads=1, item=item)
+    prompts = _forward(size, size.prompt, read=1, item=item)
     pairs = rows * sum(size.prompt + t for t in range(1, size.response))
-    attention = _attention(size, pairs)
+    attention = size.layers * _attention(size, pairs)
     dense = 2.0 * rows * steps * (size.matmul_parameters + size.head_parameters)
     weights = steps * (size.matmul_parameters + size.head_parameters)
     cache = pairs * size.layers * 2 * size.kv_heads * size.head_dim
@@ -66,19 +66,16 @@ def rollout_work(size: Size, item: int = 4) -> Work:
 def score_work(size: Size, item: int = 4) -> Work:
     """One forward pass of the reference over all slots, one of the critic."""
     length = size.prompt + size.response
-    reference = _forward(size, length, heads=size.response, item=item)
-    return Work((reference, _forward(size, length, 0, item)), size.batch * size.response)
+    models = [_forward(size, length, size.response, item, head=head) for head in (True, False)]
+    return Work(tuple(models), size.batch * size.response)
 
 
 def learn_work(size: Size, item: int = 4) -> Work:
     """Every epoch: forward and backward of policy and critic, and Adam on all their weights."""
     phases = []
     length = size.prompt + size.response
-    for heads, parameters in (
-        (size.response, size.policy_parameters),
-        (0, size.critic_parameters),
-    ):
-        forward = _forward(size, length, heads, item)
+    for head, parameters in ((True, size.policy_parameters), (False, size.critic_parameters)):
+        forward = _forward(size, length, size.response, item, head=head)
         phases.append(
             Phase(
                 3 * forward.flops,
@@ -115,13 +112,23 @@ def _joined(first: Work, second: Work) -> Work:
 
 
 def _attention(size: Size, pairs: float) -> float:
-    """Scores and mixing: 4 FLOPs a channel for each (query, visible key) pair."""
-    return 4.0 * size.layers * size.heads * size.head_dim * pairs
+    """Scores and mixing of a layer: 4 FLOPs a channel for each (query, visible key) pair."""
+    return 4.0 * size.heads * size.head_dim * pairs
 
 
-def _forward(size: Size, length: int, heads: int, item: int) -> Phase:
-    """A causal forward pass over `length` slots of which `heads` go through the output head."""
-    attention = _attention(size, size.batch * length * (length + 1) / 2)
-    dense = 2.0 * size.batch * (size.matmul_parameters * length + size.head_parameters * heads)
-    weights = size.matmul_parameters + (size.head_parameters if heads else 0)
-    return Phase(dense + attention, attention, float(item * weights))
+def _forward(size: Size, length: int, read: int, item: int, head: bool = True) -> Phase:
+    """A causal forward pass over `length` slots for the results of the last `read` of them.
+
+    The last layer owes the others their keys and values alone.
+    """
+    unread = length - read
+    layer_pairs, unread_pairs = (n * (n + 1) / 2 for n in (length, unread))
+    attention = _attention(size, size.batch * (size.layers * layer_pairs - unread_pairs))
+    keys_and_values = 2 * size.width * size.kv_heads * size.head_dim
+    left_out = unread * (size.matmul_parameters / size.layers - keys_and_values)
+    head_parameters = size.head_parameters if head else 0
+    dense = size.matmul_parameters * length - left_out + head_parameters * read
+    dense *= 2.0 * size.batch
+    return Phase(
+        dense + attention, attention, float(item * (size.matmul_parameters + head_parameters))
+    )

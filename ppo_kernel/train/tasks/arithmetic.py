@@ -209,7 +209,7 @@ def fit_sft(
         settings.sft,
         report=reporter("sft", settings.sft.num_steps, display=display, run=run),
         report_every=10,
-        enough=lambda policy: examiner.greedy(policy).scores.mean() >= settings.sft_stops_at,
+        enough=lambda policy: bool(examiner.greedy(policy).scores.mean() >= settings.sft_stops_at),
     )
     return model.with_model(trained)
 
