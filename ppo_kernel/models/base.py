@@ -87,7 +87,17 @@ class FromSlot(Protocol):
     def from_slot(
         self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int
     ) -> Float[Array, "B rest *D"]:
-        """The hidden states of a policy, or the values of a critic, from slot `start` on."""
+        """The hidden states of a policy, or the values of a critic, from slot `start` on.
+
+        Args:
+            tokens: token ids, shape [B, S].
+            mask: whether a slot holds a real token.
+            start: the first slot that is read, in 0 .. S - 1.
+
+        Returns:
+            [B, S - start, D] of a policy, [B, S - start] of a critic: the last slots of what the
+            whole forward pass gives.
+        """
         ...
 
 

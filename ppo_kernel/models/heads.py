@@ -40,7 +40,7 @@ class LanguageModel(eqx.Module):
     def from_slot(
         self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int
     ) -> Float[Array, "B rest D"]:
-        """Final hidden state of the slots from `start` on; arguments as in `FromSlot`."""
+        """Final hidden state of the slots from `start` on; arguments as in `FromSlot.from_slot`."""
         return self.trunk.from_slot(tokens, mask, start)
 
     @jax.named_scope("unembed")
@@ -97,5 +97,5 @@ class ValueModel(eqx.Module):
     def from_slot(
         self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int
     ) -> Float[Array, "B rest"]:
-        """Values of the slots from `start` on; arguments as in `FromSlot`."""
+        """Values of the slots from `start` on; arguments as in `FromSlot.from_slot`."""
         return self.head(self.trunk.from_slot(tokens, mask, start))

@@ -177,7 +177,7 @@ class Transformer(eqx.Module):
     def from_slot(
         self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int
     ) -> Float[Array, "B rest D"]:
-        """Final hidden state of the slots from `start` on; arguments as in `FromSlot`."""
+        """Final hidden state of the slots from `start` on; arguments as in `FromSlot.from_slot`."""
         return self._forward(tokens, mask, start)[0]
 
     def prefill(
