@@ -180,18 +180,22 @@ def ppo_iteration(
 
 
 class CompiledIteration(NamedTuple):
-    """The iteration and its two halves, compiled.
+    """The iteration, several in a row, and its two halves, compiled.
 
-    `step` and `learn` consume the state passed in.
+    `step`, `steps` and `learn` consume the state passed in.
 
     Attributes:
         step: (state, reference, prompts, hyperparams, reward) -> (state, metrics).
+        steps: the same with S batches of prompts, stacked along a new first axis, -> (state,
+            metrics [S]): S iterations by `jax.lax.scan` in one program, which waits for Python
+            once and keeps its temporary memory from one to the next (bench/RESULTS.md).
         collect: (state, reference, prompts, hyperparams) -> collected.
         learn: (state, collected, scores, hyperparams) -> (state, metrics).
         lower: same arguments as `step`, -> `jax.stages.Lowered`: HLO, memory and cost analysis.
     """
 
     step: Callable
+    steps: Callable
     collect: Callable
     learn: Callable
     lower: Callable
@@ -207,6 +211,9 @@ def compile_iteration(
     """Jit the iteration with donated state and pinned shardings; compiles at the first call.
 
     Arguments as in `ppo_iteration`. Arrays must be on the mesh already: see `sharding.place`.
+
+    Raises:
+        ValueError: when called, what `ppo_iteration` raises; from `steps`, prompts not stacked.
     """
     parts = {"config": config, "mesh": mesh}
     second = parts | {"learner": learner, "advantage_estimator": advantage_estimator}
@@ -216,14 +223,20 @@ def compile_iteration(
     filter_jit: Any = eqx.filter_jit
     jit = partial(filter_jit, compiler_options=compiler_options(mesh))
 
-    # Equinox donates every argument but the first.
-    @jit(donate="all-except-first")
-    def step(inputs, state):
-        reference, prompts, hyperparams, reward = inputs
+    def iterate(state, reference, prompts, hyperparams, reward):
         state, metrics = ppo_iteration(
             state, reference, prompts, hyperparams, reward=reward, **second
         )
         return pin_state(state), metrics
+
+    # Equinox donates every argument but the first.
+    @jit(donate="all-except-first")
+    def step(inputs, state):
+        return iterate(state, *inputs)
+
+    @jit(donate="all-except-first")
+    def steps(inputs, state):
+        return _in_a_row(iterate, state, *inputs)
 
     @jit
     def first_half(state, reference, prompts, hyperparams):
@@ -236,6 +249,7 @@ def compile_iteration(
 
     return CompiledIteration(
         step=lambda state, *inputs: step(inputs, state),
+        steps=lambda state, *inputs: steps(inputs, state),
         collect=first_half,
         learn=lambda state, *inputs: second_half(inputs, state),
         lower=lambda state, *inputs: step.lower(inputs, state).lowered,
@@ -266,6 +280,27 @@ def compiler_options(mesh: Mesh | None = None) -> dict[str, bool | str]:
         "xla_cpu_copy_insertion_use_region_analysis": True,
         "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     }
+
+
+def _in_a_row(iterate: Callable, state: TrainState, reference, batches: Prompts, *others):
+    """(state, metrics [S]) of `iterate` over S batches of prompts.
+
+    Raises:
+        ValueError: the batches are not stacked.
+    """
+    if batches.tokens.ndim != 3:
+        raise ValueError(
+            f"steps takes batches of prompts stacked to [S, N, P], got {batches.tokens.shape}; "
+            "stack them with jax.tree.map(lambda *xs: jnp.stack(xs), *batches), or call step."
+        )
+    arrays, static = eqx.partition(state, eqx.is_array)
+
+    def body(arrays, prompts):
+        state, metrics = iterate(eqx.combine(arrays, static), reference, prompts, *others)
+        return eqx.filter(state, eqx.is_array), metrics
+
+    arrays, metrics = jax.lax.scan(body, arrays, batches)
+    return eqx.combine(arrays, static), metrics
 
 
 def _keys(state: TrainState) -> tuple[Key[Array, ""], Key[Array, ""]]:

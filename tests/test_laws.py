@@ -17,6 +17,7 @@ from ppo_kernel.models.families import FAMILIES
 from ppo_kernel.ops.sampling import sampling_noise
 from ppo_kernel.rollout import generate
 from ppo_kernel.scoring import full_sequences, predicting_slots, response_logprobs
+from ppo_kernel.sharding import make_mesh, place
 from ppo_kernel.types import Prompts
 
 GENERATE = eqx.filter_jit(generate)
@@ -174,6 +175,34 @@ def test_law_8_collect_then_learn_is_the_single_program(float64):
     halves, halves_metrics = compiled.learn(state, collected, scores, hyperparams)
     tiny.assert_trees_close(halves, whole, 1e-10)
     tiny.assert_trees_close(halves_metrics, metrics, 1e-10)
+
+
+@pytest.mark.parametrize("devices", [None, 4], ids=["one device", "a mesh"])
+def test_law_8_steps_in_one_program_are_steps_one_after_the_other(float64, devices):
+    hyperparams = Hyperparams(learning_rate_actor=1e-2, learning_rate_critic=1e-2, kl_target=0.1)
+    mesh = None if devices is None else make_mesh(devices)
+    policy = place(tiny.language_model(), mesh, "parameter")
+    state = place(tiny.start(hyperparams, policy=policy), mesh, "parameter")
+    lengths = ((3, 1, 4, 2, 4, 3, 2, 1), (4, 4, 1, 2, 3, 3, 4, 2), (1, 2, 2, 4, 4, 1, 3, 3))
+    batches = [tiny.prompts(row) for row in lengths]
+    compiled = compile_iteration(config=tiny.iteration_config(), mesh=mesh)
+    one, each = jax.tree.map(jnp.copy, state), []
+    for batch in batches:
+        one, metrics = compiled.step(one, policy, batch, hyperparams, tiny.even_tokens)
+        each.append(metrics)
+    together = jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
+    many, metrics = compiled.steps(state, policy, together, hyperparams, tiny.even_tokens)
+    assert state.policy.trunk.embedding.is_deleted(), "the state is donated"
+    assert int(many.iteration) == len(batches)
+    tiny.assert_trees_close(many, one, 1e-10)
+    tiny.assert_trees_close(metrics, jax.tree.map(lambda *xs: jnp.stack(xs), *each), 1e-10)
+
+
+def test_steps_refuse_one_batch():
+    policy, compiled = tiny.language_model(), compile_iteration(config=tiny.iteration_config())
+    inputs = (policy, tiny.prompts(), Hyperparams(), tiny.even_tokens)
+    with pytest.raises(ValueError, match=r"stacked to \[S, N, P\], got \(8, 4\)"):
+        compiled.steps(tiny.start(Hyperparams(), policy=policy), *inputs)
 
 
 def test_law_8_vmap_over_seeds_and_coefficients_is_a_loop(float64):

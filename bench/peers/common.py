@@ -21,9 +21,9 @@ MARK = "BENCH "
 """Starts a line of the protocol; whatever else a library prints is passed over."""
 
 
-def flags() -> argparse.Namespace:
-    """The flags of every driver; `size` is what `shape` means."""
-    parser = argparse.ArgumentParser()
+def flags(*more: argparse.ArgumentParser) -> argparse.Namespace:
+    """The flags of every driver, and those of `more`; `size` is what `shape` means."""
+    parser = argparse.ArgumentParser(parents=more)
     parser.add_argument("--shape", default="TINY")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)

@@ -20,13 +20,17 @@ from bench.sizes import parse_size
 
 DRIVERS = {
     "ours": ("bench.peers.ours", "own"),
+    "steps": ("bench.peers.ours", "own"),
     "tunix": ("bench.peers.tunix_step", "tunix"),
     "trl": ("bench.peers.trl_step", "trl"),
     "hf": ("bench.peers.hf_generate", "trl"),
 }
 """Name -> module of its driver, and which interpreter runs it."""
 
-TITLES = {"ours": "ppo_kernel", "tunix": "Tunix", "trl": "TRL", "hf": "transformers generate"}
+TITLES = {
+    "ours": "ppo_kernel", "steps": "ppo_kernel, one call a turn", "tunix": "Tunix",
+    "trl": "TRL", "hf": "transformers generate",
+}  # fmt: skip
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,8 +43,12 @@ class Peer:
         self.name, self.rounds, self.warmups, self.error = name, [], [], None
         self.log = open(flags.logs / f"{name}.log", "w")  # noqa: SIM115 (closed with the process)
         command = [python[interpreter], "-m", module, "--shape", flags.shape]
-        steps = flags.rounds * flags.steps_a_turn
-        command += ["--warmup", str(flags.warmup), "--rounds", str(steps)]
+        self.calls = flags.steps_a_turn
+        if name == "steps":
+            self.calls = 2
+            command += ["--steps-a-call", str(flags.steps_a_turn)]
+        rounds = flags.rounds * self.calls
+        command += ["--warmup", str(flags.warmup), "--rounds", str(rounds)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
             cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
@@ -50,15 +58,15 @@ class Peer:
         """Wait for the rounds that compile; they are kept apart."""
         self.warmups = [answer for _ in range(count) if (answer := self._answer())]
 
-    def take_turn(self, steps: int) -> None:
-        """Steps one after the other; the first of several finds cold caches and is not counted."""
-        for step in range(steps):
+    def take_turn(self) -> None:
+        """Calls one after the other; the first of several finds cold caches and is not counted."""
+        for call in range(self.calls):
             if self.error:
                 return
             self.process.stdin.write("go\n")
             self.process.stdin.flush()
             answer = self._answer()
-            if answer and step >= min(1, steps - 1):
+            if answer and call >= min(1, self.calls - 1):
                 self.rounds.append(answer)
 
     def close(self) -> None:
@@ -97,7 +105,7 @@ def measure(flags: argparse.Namespace) -> list[Peer]:
             peers[-1].warm_up(flags.warmup)
         for _ in range(flags.rounds):
             for peer in peers:
-                peer.take_turn(flags.steps_a_turn)
+                peer.take_turn()
     finally:
         for peer in peers:
             peer.close()
@@ -109,7 +117,7 @@ def _alone(name: str, flags: argparse.Namespace) -> Peer:
     try:
         peer.warm_up(flags.warmup)
         for _ in range(flags.rounds):
-            peer.take_turn(flags.steps_a_turn)
+            peer.take_turn()
     finally:
         peer.close()
     return peer
@@ -127,7 +135,7 @@ def print_table(peers: list[Peer], flags: argparse.Namespace) -> None:
         if not peer.rounds:
             table.add_row(TITLES[peer.name], peer.error or "no rounds", *[""] * 6)
             continue
-        warmup = sum(answer.get("step_s", answer["rollout_s"]) for answer in peer.warmups)
+        warmup = sum(_longest(answer) for answer in peer.warmups)
         step, rollout, update = map(peer.median, ("step_s", "rollout_s", "update_s"))
         table.add_row(
             TITLES[peer.name],
@@ -140,6 +148,11 @@ def print_table(peers: list[Peer], flags: argparse.Namespace) -> None:
             f"{max(answer['peak_mb'] for answer in peer.rounds):,} MB",
         )
     Console(width=120).print(table)
+
+
+def _longest(answer: dict) -> float:
+    """Seconds of a call: of several steps, of one, or of a rollout, whichever the peer has."""
+    return next(answer[key] for key in ("call_s", "step_s", "rollout_s") if key in answer)
 
 
 def _cell(value: float | None, form: str) -> str:
