@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from ppo_kernel.models import LanguageModel
-from ppo_kernel.models.layers import for_few_rows, times_transposed
+from ppo_kernel.models.few_rows import LaidOut
+from ppo_kernel.models.layers import for_few_rows
 
 from .cases import build
 from .machine import medians_in_turns
@@ -69,7 +70,7 @@ def _head_in_out(matrix):
 FORMS = {
     "in_out": (lambda *layers: lambda x: tuple(layer(x) for layer in layers), _head_in_out),
     "out_in": (_transposed, lambda matrix: lambda x: x @ matrix.T),
-    "few_rows": (for_few_rows, lambda matrix: lambda x: times_transposed(x, matrix)),
+    "few_rows": (for_few_rows, LaidOut.of),
 }
 """Name -> how layers of one input multiply, and the head: plain, plain, as the kernel does."""
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from .config import GenerationConfig
 from .continuous import Draw, Drawn, Read, Written, blank, decode_queue
-from .models.base import Cache, Decoder, GrowingPolicy, Policy
+from .models.base import Cache, Decoder, DecodingPolicy, GrowingPolicy, Policy
 from .ops.logprobs import token_logprobs
 from .ops.masked import at_least_float32
 from .ops.sampling import ban_tokens, restrict_logits, sample_tokens, sampling_noise
@@ -64,6 +64,8 @@ def generate(
         noise = sampling_noise(key, sample_ids, length)
     if noise.shape != (rows, length, 2):
         raise ValueError(f"noise must have shape {(rows, length, 2)}, got {noise.shape}.")
+    if isinstance(policy, DecodingPolicy):
+        policy = policy.for_decoding()
 
     def read(tokens: Int[Array, "n P"], mask: Bool[Array, "n P"], steps: int = length - 1):
         return _repeat(policy.prefill(tokens, mask, width + steps), samples)

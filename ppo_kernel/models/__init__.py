@@ -3,6 +3,7 @@
 from .base import Cache as Cache
 from .base import Critic as Critic
 from .base import Decoder as Decoder
+from .base import DecodingPolicy as DecodingPolicy
 from .base import FromSlot as FromSlot
 from .base import GrowingPolicy as GrowingPolicy
 from .base import Policy as Policy

@@ -77,6 +77,18 @@ class GrowingPolicy(Policy, Protocol):
 
 
 @runtime_checkable
+class DecodingPolicy(Policy, Protocol):
+    """A policy whose output matrix decode steps read faster when it lies otherwise in memory."""
+
+    def for_decoding(self) -> Policy:
+        """The same policy, which gives the same numbers, to be sampled from.
+
+        It is asked for once, outside the decode loop, as `decoder` is for the other weights.
+        """
+        ...
+
+
+@runtime_checkable
 class FromSlot(Protocol):
     """A policy or critic that need not finish the slots whose results nobody reads.
 

@@ -1,5 +1,7 @@
 """What stands on a trunk: an output head (policy), or one number a slot (critic, reward model)."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..ops.masked import at_least_float32
 from .base import Cache, Decoder
+from .few_rows import LaidOut
 from .kv_cache import KVCache
-from .layers import times_transposed
 from .transformer import Transformer, TransformerConfig
 
 
@@ -17,11 +19,12 @@ class LanguageModel(eqx.Module):
 
     Attributes:
         trunk: tokens -> hidden states.
-        output: one row a token id, like the embedding; None where it is the embedding (tied).
+        output: one row a token id, like the embedding; None where it is the embedding (tied); laid
+            out while the policy decodes.
     """
 
     trunk: Transformer
-    output: Float[Array, "V D"] | None
+    output: Float[Array, "V D"] | LaidOut | None
 
     @classmethod
     def init(cls, key: Key[Array, ""], config: TransformerConfig) -> "LanguageModel":
@@ -46,8 +49,17 @@ class LanguageModel(eqx.Module):
     @jax.named_scope("unembed")
     def unembed(self, hidden: Float[Array, "C D"]) -> Float[Array, "C V"]:
         """Logits of each row of `hidden`."""
+        if isinstance(self.output, LaidOut):
+            return self.output(hidden)
         matrix = self.trunk.embedding if self.output is None else self.output
-        return times_transposed(hidden, matrix.astype(hidden.dtype))
+        return hidden @ matrix.astype(hidden.dtype).T
+
+    def for_decoding(self) -> "LanguageModel":
+        """The same policy, its output matrix laid out; see `DecodingPolicy`."""
+        if isinstance(self.output, LaidOut):
+            return self
+        matrix = self.trunk.embedding if self.output is None else self.output
+        return replace(self, output=LaidOut.of(matrix.astype(self.trunk.config.compute_dtype)))
 
     def prefill(
         self, tokens: Int[Array, "N P"], mask: Bool[Array, "N P"], capacity: int

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ..ops.masked import at_least_float32
+from .few_rows import LaidOut
 
 
 class Linear(eqx.Module):
@@ -106,31 +107,8 @@ def for_few_rows(*layers: Linear) -> Callable[[Float[Array, "B in"]], tuple[Arra
     """
     if sum(layer.weight.size for layer in layers) < _LARGE:
         return lambda x: tuple(layer(x) for layer in layers)
-    # The barrier keeps XLA from undoing the layout inside the loop.
-    weight = jax.lax.optimization_barrier(jnp.concatenate([x.weight.T for x in layers]))
-    return lambda x: _parts(times_transposed(x, weight.astype(x.dtype)), layers)
-
-
-def times_transposed(
-    x: Float[Array, "rows in"], weight: Float[Array, "out in"]
-) -> Float[Array, "rows out"]:
-    """x W^T, in the form that reads W fastest where there are few rows.
-
-    XLA's product on CPUs reads its right operand slowly, as if it were packed anew in every call.
-    With W on the left it takes up to a third less time (bench/RESULTS.md). Other devices, other
-    types and more rows get the plain product.
-    """
-
-    def plain(x, weight):
-        return x @ weight.T
-
-    def unpacked(x, weight):
-        # Without the barrier XLA would turn the operands around again.
-        return jax.lax.optimization_barrier(jnp.einsum("oi,bi->ob", weight, x)).T
-
-    if x.shape[0] > 64 or x.dtype != jnp.float32:
-        return plain(x, weight)
-    return jax.lax.platform_dependent(x, weight, cpu=unpacked, default=plain)
+    joint = LaidOut.of(jnp.concatenate([layer.weight.T for layer in layers]))
+    return lambda x: _parts(joint(x), layers)
 
 
 _LARGE = 2**18

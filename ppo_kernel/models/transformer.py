@@ -191,9 +191,9 @@ class Transformer(eqx.Module):
 
     def decoder(self) -> Decoder:
         """The decode step, over layers taken apart once so that the loop copies no weights."""
-        layers = [
-            (block, block.attention.decoder(), block.mlp.decoder()) for block in self._apart()
-        ]
+        # Cast once: every use casts to the type of the activations.
+        blocks = cast_floating(self._apart(), self.config.compute_dtype)
+        layers = [(block, block.attention.decoder(), block.mlp.decoder()) for block in blocks]
 
         def step(tokens: Int[Array, " B"], cache: KVCache):
             x = self._embed(tokens)

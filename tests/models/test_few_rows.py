@@ -1,4 +1,4 @@
-"""Large matrices times the few rows of a decode step: another form, the same numbers."""
+"""Large matrices times the few rows of a decode step: other forms, the same numbers."""
 
 import equinox as eqx
 import jax
@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import tiny
 
-from ppo_kernel.models.layers import Linear, for_few_rows, times_transposed
+from ppo_kernel.models import few_rows
+from ppo_kernel.models.few_rows import LaidOut
+from ppo_kernel.models.layers import Linear, for_few_rows
 from ppo_kernel.rollout import generate
 
 WIDE = {"hidden_size": 512, "intermediate_size": 320, "num_heads": 8, "head_dim": 64}
@@ -34,36 +36,60 @@ def test_layers_side_by_side_equal_numpy(rows):
         np.testing.assert_allclose(part, want, rtol=1e-5, atol=2e-4)
 
 
-@pytest.mark.parametrize("inputs", [512, 800])
-@pytest.mark.parametrize("rows", [3, 8, 40, 100])
-def test_the_product_and_its_gradient_equal_the_plain_ones(rows, inputs):
-    x, weight = drawn((rows, inputs)), drawn((600, inputs), 1)
-    along = jnp.asarray(drawn((rows, 600), 2))
+def strips_from(monkeypatch, outputs):
+    """Strips for matrices of at least so many outputs, whatever the version of JAX."""
+    monkeypatch.setattr(few_rows, "STRIPS_ARE_FAST", True)
+    monkeypatch.setattr(few_rows, "STRIPS_FROM", outputs)
 
-    def product(x, weight):
-        return jnp.sum(along * times_transposed(x, weight))
 
-    value, gradients = jax.jit(jax.value_and_grad(product, (0, 1)))(x, weight)
-    wide = [np.asarray(a, np.float64) for a in (x, weight, along)]
-    np.testing.assert_allclose(value, np.sum(wide[2] * (wide[0] @ wide[1].T)), rtol=1e-4)
-    np.testing.assert_allclose(gradients[0], wide[2] @ wide[1], rtol=1e-5, atol=1e-3)
-    np.testing.assert_allclose(gradients[1], wide[2].T @ wide[0], rtol=1e-5, atol=1e-3)
+@pytest.mark.parametrize("outputs", [600, 640])
+@pytest.mark.parametrize("rows", [1, 2, 8, 40, 100])
+def test_the_product_equals_numpys(monkeypatch, rows, outputs):
+    strips_from(monkeypatch, 512)
+    x, weight = drawn((rows, 384)), drawn((outputs, 384), 1)
+    laid_out = LaidOut.of(jnp.asarray(weight))
+    assert laid_out.strips == (outputs == 640), "600 outputs are no whole number of strips"
+    assert np.array_equal(laid_out.weight, weight) != laid_out.strips
+    got = jax.jit(lambda x, weight: LaidOut.of(weight)(x))(x, weight)
+    np.testing.assert_allclose(got, np.float64(x) @ np.float64(weight).T, rtol=1e-5, atol=2e-4)
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype"), [(8, "float64"), (20, "float64"), (8, "bfloat16"), (65, "float32")]
+    ("rows", "outputs", "dtype"),
+    [(8, 600, "float64"), (20, 640, "float64"), (8, 640, "bfloat16"), (65, 600, "float32")],
 )
-def test_other_types_and_more_rows_get_the_plain_product(float64, rows, dtype):
-    x, weight = (jnp.asarray(drawn(shape), dtype) for shape in ((rows, 512), (600, 512)))
-    assert "platform_index" not in str(jax.make_jaxpr(times_transposed)(x, weight))
-    got = jax.jit(times_transposed)(x, weight)
+def test_other_types_and_more_rows_get_the_plain_product(
+    float64, monkeypatch, rows, outputs, dtype
+):
+    strips_from(monkeypatch, 512)
+    x, weight = (jnp.asarray(drawn(shape), dtype) for shape in ((rows, 512), (outputs, 512)))
+
+    def product(x, weight):
+        return LaidOut.of(weight)(x)
+
+    assert "platform_index" not in str(jax.make_jaxpr(product)(x, weight))
+    got = jax.jit(product)(x, weight)
     assert got.dtype == dtype
     np.testing.assert_array_equal(got, jax.jit(lambda x, weight: x @ weight.T)(x, weight))
 
 
+def test_other_devices_get_the_matrix_as_it_is(monkeypatch):
+    strips_from(monkeypatch, 64)
+    laid_out = jax.jit(LaidOut.of).trace(jnp.ones((128, 32))).lower(lowering_platforms=("cuda",))
+    assert "transpose" not in laid_out.as_text()
+    product = jax.jit(lambda x, weight: LaidOut.of(weight)(x))
+    text = product.trace(jnp.ones((8, 32)), jnp.ones((128, 32))).lower(
+        lowering_platforms=("cuda",)
+    ).as_text()  # fmt: skip
+    assert "dot_general" in text
+    assert "stablehlo.reduce" not in text
+
+
 @pytest.mark.parametrize("rows", [3, 8, 20])
+@pytest.mark.parametrize("strips", [64, 10**6])
 @pytest.mark.parametrize("settings", [{"qkv_bias": True, "num_kv_heads": 2}, {"qk_norm": True}])
-def test_a_wide_model_token_by_token_equals_whole_sequences(rows, settings):
+def test_a_wide_model_token_by_token_equals_whole_sequences(monkeypatch, rows, settings, strips):
+    strips_from(monkeypatch, strips)
     policy = tiny.language_model(**WIDE | settings)
     policy = jax.tree.map(lambda x: x + 0.02 * drawn(x.shape) if x.ndim == 2 else x, policy)
     tokens = jax.random.randint(jax.random.key(1), (rows, 7), 0, tiny.VOCABULARY, jnp.int32)
@@ -93,3 +119,17 @@ def test_a_wide_model_with_a_queue_draws_the_same_tokens():
     )
     np.testing.assert_array_equal(fixed.tokens, queued.tokens)
     np.testing.assert_allclose(fixed.logprobs, queued.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("length", [2, 6])
+def test_a_head_in_strips_draws_what_the_plain_head_draws(monkeypatch, tied, length):
+    policy = tiny.language_model(**WIDE, vocab_size=640, tie_embeddings=tied)
+    batch, config = tiny.prompts(), tiny.generation(max_new_tokens=length)
+    for outputs in (10**6, 64):
+        strips_from(monkeypatch, outputs)
+        assert policy.for_decoding().output.strips == (outputs == 64)
+        rollout = eqx.filter_jit(generate)(policy, batch, jax.random.key(3), config=config)
+        want = rollout if outputs != 64 else want
+    np.testing.assert_array_equal(rollout.tokens, want.tokens)
+    np.testing.assert_allclose(rollout.logprobs, want.logprobs, atol=1e-4)

@@ -1,0 +1,77 @@
+"""Products of a matrix with the few rows of a decode step."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+STRIP = 64
+"""Columns of a strip: with 128 XLA packs the matrix anew in every product."""
+
+STRIPS_FROM = 2048
+"""Outputs from which strips are faster for any number of rows; with fewer it depends."""
+
+STRIPS_ARE_FAST = jax.__version_info__ >= (0, 12)
+"""Before, XLA computed strips no faster for 8 rows, and slower for 1 and for 16."""
+
+FEW = 64
+"""Rows up to which a matrix on the left is faster."""
+
+
+class LaidOut(eqx.Module):
+    """x W^T for the few rows of many decode steps, W being laid out once before them.
+
+    XLA's product on CPUs reads its right operand slowly, as if it were packed anew in every call.
+    A sum of products over strips of 64 columns, each contiguous as [in, 64], is computed as a
+    product too, but reads W as it lies. Where W has few outputs, or its type is not float32, W
+    stays as it is and is the left operand for up to 64 rows. Other devices get the plain product.
+    The times are in bench/RESULTS.md.
+
+    Attributes:
+        weight: W [out, in]; with strips, in the memory of a CPU, [out / 64, in, 64].
+        strips: whether CPUs have strips.
+    """
+
+    weight: Float[Array, "out in"]
+    strips: bool = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, weight: Float[Array, "out in"]) -> "LaidOut":
+        """Lay out `weight`, which has the type of the rows to come."""
+        outs, ins = weight.shape
+        long = outs >= STRIPS_FROM and outs % STRIP == 0
+        strips = STRIPS_ARE_FAST and long and weight.dtype == jnp.float32
+        if strips:
+            weight = jax.lax.platform_dependent(
+                weight,
+                cpu=lambda w: w.reshape(-1, STRIP, ins).swapaxes(1, 2).reshape(outs, ins),
+                default=lambda w: w,
+            )
+        # The barrier keeps XLA from undoing the layout inside the loop.
+        return cls(jax.lax.optimization_barrier(weight), strips)
+
+    def __call__(self, x: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
+        if self.strips:
+            form = _in_strips
+        elif x.shape[0] <= FEW and x.dtype == jnp.float32:
+            form = _on_the_left
+        else:
+            return _plain(x, self.weight)
+        return jax.lax.platform_dependent(x, self.weight, cpu=form, default=_plain)
+
+
+def _plain(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
+    return x @ weight.T
+
+
+def _on_the_left(x, weight):
+    # Without the barrier XLA would turn the operands around again.
+    return jax.lax.optimization_barrier(jnp.einsum("oi,bi->ob", weight, x)).T
+
+
+def _in_strips(x, weight):
+    # Without the barrier XLA may keep the repeated strips of two products that stand together.
+    x, weight = jax.lax.optimization_barrier((x, weight))
+    strips = weight.reshape(-1, x.shape[1], STRIP)
+    sums = jnp.sum(strips[:, None] * x[None, :, :, None], axis=2)
+    return sums.swapaxes(0, 1).reshape(x.shape[0], -1)
