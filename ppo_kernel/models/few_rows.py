@@ -9,7 +9,7 @@ STRIP = 64
 """Columns of a strip: with 128 XLA packs the matrix anew in every product."""
 
 STRIPS_FROM = 2048
-"""Outputs from which strips are faster for any number of rows; with fewer it depends."""
+"""Outputs from which strips are faster for 2 to 16 rows and hardly slower for others."""
 
 STRIPS_ARE_FAST = jax.__version_info__ >= (0, 12)
 """Before, XLA computed strips no faster for 8 rows, and slower for 1 and for 16."""

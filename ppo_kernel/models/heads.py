@@ -49,17 +49,20 @@ class LanguageModel(eqx.Module):
     @jax.named_scope("unembed")
     def unembed(self, hidden: Float[Array, "C D"]) -> Float[Array, "C V"]:
         """Logits of each row of `hidden`."""
-        if isinstance(self.output, LaidOut):
-            return self.output(hidden)
-        matrix = self.trunk.embedding if self.output is None else self.output
+        matrix = self._matrix()
+        if isinstance(matrix, LaidOut):
+            return matrix(hidden)
         return hidden @ matrix.astype(hidden.dtype).T
 
     def for_decoding(self) -> "LanguageModel":
         """The same policy, its output matrix laid out; see `DecodingPolicy`."""
-        if isinstance(self.output, LaidOut):
+        matrix = self._matrix()
+        if isinstance(matrix, LaidOut):
             return self
-        matrix = self.trunk.embedding if self.output is None else self.output
         return replace(self, output=LaidOut.of(matrix.astype(self.trunk.config.compute_dtype)))
+
+    def _matrix(self) -> Float[Array, "V D"] | LaidOut:
+        return self.trunk.embedding if self.output is None else self.output
 
     def prefill(
         self, tokens: Int[Array, "N P"], mask: Bool[Array, "N P"], capacity: int
