@@ -12,9 +12,10 @@ from ppo_kernel.models.few_rows import LaidOut
 from ppo_kernel.models.layers import for_few_rows
 
 from .cases import build
-from .machine import medians_in_turns
+from .machine import measure, medians_in_turns
 from .sizes import parse_size
 from .stages import prepare
+from .work import rollout_work
 
 
 def bare_products(policy: LanguageModel, rows: int, form: str, steps: int):
@@ -80,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="small", help="a size, then changes: tiny,batch=8")
     parser.add_argument("--dtype", default="float32", help="of parameters, activations and cache")
+    parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=FORMS)
     parser.add_argument("--rounds", type=int, default=9)
     flags = parser.parse_args()
     size = parse_size(flags.shape)
@@ -90,15 +92,20 @@ def main() -> None:
             "rollout": prepare("rollout", case).run,
             "first_token": prepare("rollout", build(replace(size, response=1), flags.dtype)).run,
         }
-        | {form: bare_products(case.reference, size.batch, form, steps) for form in FORMS},
+        | {form: bare_products(case.reference, size.batch, form, steps) for form in flags.forms},
         flags.rounds,
     )
     step = (medians["rollout"] - medians["first_token"]) / steps
-    bare = {form: medians[form] / steps for form in FORMS}
+    bare = {form: medians[form] / steps for form in flags.forms}
+    _, decoding = rollout_work(size, jnp.dtype(flags.dtype).itemsize).phases
+    bandwidth = decoding.bytes / steps / step
     report = {
         "shape": flags.shape, "dtype": flags.dtype, "step_ms": round(1e3 * step, 3),
         "bare_ms": {form: round(1e3 * seconds, 3) for form, seconds in bare.items()},
-        "ratio": round(step / min(bare.values()), 3), "device": jax.devices()[0].device_kind,
+        "ratio": round(step / min(bare.values()), 3) if bare else None,
+        "gb_per_s": round(bandwidth / 1e9, 1),
+        "of_bandwidth": round(bandwidth / measure(flags.dtype).bytes_per_s, 3),
+        "device": jax.devices()[0].device_kind,
     }  # fmt: skip
     print(json.dumps(report))
 

@@ -50,8 +50,10 @@ SIZES = {
     "tiny": Size(512, 128, 4, 4, 2, 32, 512, False, 16, 32, 64, 4),
     "small": Size(32_000, 512, 8, 8, 4, 64, 1408, False, 8, 64, 128, 2),
     "qwen05": Size(151_936, 896, 24, 14, 2, 64, 4864, True, 4, 64, 32, 1),
+    "qwen15": Size(151_936, 1536, 28, 12, 2, 128, 8960, True, 4, 64, 32, 1),
 }
-"""`tiny` has 1.1 M parameters, `small` 56 M, `qwen05` (the shape of Qwen2.5-0.5B) 494 M."""
+"""`tiny` has 1.1 M parameters, `small` 56 M, `qwen05` and `qwen15`, the shapes of Qwen2.5-0.5B and
+1.5B, 494 M and 1,544 M."""
 
 
 def parse_size(text: str) -> Size:

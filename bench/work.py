@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from .machine import Machine
 from .sizes import Size
+
+if TYPE_CHECKING:  # it imports JAX, which a peer's environment need not have
+    from .machine import Machine
 
 
 class Phase(NamedTuple):
@@ -32,7 +34,7 @@ class Work:
         """Attention's part of the counted FLOPs."""
         return sum(phase.attention_flops for phase in self.phases) / self.flops
 
-    def least_seconds(self, machine: Machine) -> float:
+    def least_seconds(self, machine: "Machine") -> float:
         """The roofline: for each phase the slower of its products and its memory traffic."""
         return sum(
             max(phase.flops / machine.flops_per_s, phase.bytes / machine.bytes_per_s)
@@ -40,7 +42,7 @@ class Work:
         )
 
 
-def figures(work: Work, machine: Machine, seconds: float) -> dict[str, float]:
+def figures(work: Work, machine: "Machine", seconds: float) -> dict[str, float]:
     """What a time means: tokens/s, model FLOPs utilisation and fraction of the roofline."""
     return {
         "tokens_per_s": round(work.tokens / seconds, 1),
