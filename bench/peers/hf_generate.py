@@ -4,10 +4,9 @@ import os
 import time
 
 import torch
-from transformers import GenerationConfig
 
-from bench.peers.common import PAD, Rounds, flags, prompt_ids
-from bench.peers.hf_models import policy_model
+from bench.peers.common import Rounds, flags, prompt_ids
+from bench.peers.hf_models import policy_model, sampling
 from bench.sizes import Size
 
 
@@ -17,11 +16,7 @@ def main(size: Size, warmup: int, rounds: int) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = policy_model(size, seed=0).eval()
     model.generation_config.eos_token_id = None
-    settings = GenerationConfig(
-        max_new_tokens=size.response, min_new_tokens=size.response, do_sample=True,
-        temperature=1.0, top_k=0, top_p=1.0, pad_token_id=PAD, use_cache=True,
-    )  # fmt: skip
-    turns = Rounds(warmup)
+    settings, turns = sampling(size.response), Rounds(warmup)
     for ids in torch.from_numpy(prompt_ids(size, warmup + rounds)).long():
         turns.begin()
         start = time.perf_counter()

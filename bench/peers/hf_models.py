@@ -1,7 +1,12 @@
 """Qwen2 models of transformers in the shape of a size, with its own initialisation."""
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
+from transformers import (
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+)
 
 from bench.peers.common import EOS, PAD
 from bench.sizes import Size
@@ -17,6 +22,14 @@ def value_model(size: Size, seed: int) -> Qwen2ForSequenceClassification:
     """A critic with its own trunk, float32."""
     torch.manual_seed(seed)
     return Qwen2ForSequenceClassification(_config(size, num_labels=1)).float()
+
+
+def sampling(tokens: int) -> GenerationConfig:
+    """Settings of `generate` for responses of just so many tokens; the model must have no EOS."""
+    return GenerationConfig(
+        max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, temperature=1.0,
+        top_k=0, top_p=1.0, pad_token_id=PAD, use_cache=True,
+    )  # fmt: skip
 
 
 def _config(size: Size, **others) -> Qwen2Config:

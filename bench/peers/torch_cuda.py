@@ -1,19 +1,19 @@
 """Torch on the GPU that JAX is measured on: `python -m bench.peers.torch_cuda --shape qwen05,...`.
 
 Transformers' `generate`, and a PPO update as torch code has it: Qwen2 models with fused attention,
-log-probabilities of the response slots, clipped losses, fused AdamW. Prints one line of JSON.
+log-probabilities of the response slots, clipped policy loss, fused AdamW. Prints a line of JSON.
 """
 
 import argparse
 import json
+import math
 import statistics
 import time
 
 import torch
-from transformers import GenerationConfig
 
-from bench.peers.common import CLIP, LEARNING_RATE, PAD, prompt_ids
-from bench.peers.hf_models import policy_model, value_model
+from bench.peers.common import CLIP, LEARNING_RATE, prompt_ids
+from bench.peers.hf_models import policy_model, sampling, value_model
 from bench.sizes import Size, parse_size
 from bench.work import learn_work, rollout_work
 
@@ -36,15 +36,12 @@ def generation(model, size: Size, rounds: int) -> float:
     ids = torch.from_numpy(prompt_ids(size, 1)[0]).long().cuda()
     model.generation_config.eos_token_id = None
 
-    def run(tokens: int):
-        settings = GenerationConfig(
-            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, temperature=1.0,
-            top_k=0, top_p=1.0, pad_token_id=PAD, use_cache=True,
-        )  # fmt: skip
-        mask = torch.ones_like(ids)
-        model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    def seconds(tokens: int) -> float:
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        settings = sampling(tokens)
+        return seconds_of(lambda: model.generate(**inputs, generation_config=settings), rounds)
 
-    whole, first = (seconds_of(lambda n=n: run(n), rounds) for n in (size.response, 1))
+    whole, first = seconds(size.response), seconds(1)
     return (whole - first) / (size.response - 1)
 
 
@@ -57,12 +54,14 @@ def update(policy, critic, size: Size, parts: int, rounds: int) -> float:
     shape = (size.batch, size.prompt + size.response)
     ids = torch.randint(2, size.vocab, shape, device="cuda")
     old, advantages, returns = (torch.randn(size.batch, size.response).cuda() for _ in range(3))
+    # Near what random weights give, so that few ratios are clipped and gradients are not zero.
+    old = 0.1 * old - math.log(size.vocab)
 
     def losses(rows: slice):
         hidden = policy.model(ids[rows]).last_hidden_state[:, size.prompt - 1 : -1]
         logp = policy.lm_head(hidden).float().log_softmax(-1)
         chosen = logp.gather(-1, ids[rows, size.prompt :, None]).squeeze(-1)
-        ratio = torch.exp((chosen - old[rows]).clamp(-1, 1))
+        ratio = torch.exp(chosen - old[rows])
         kept = ratio.clamp(1 - CLIP, 1 + CLIP) * advantages[rows]
         yield -torch.minimum(ratio * advantages[rows], kept).mean() / parts
         hidden = critic.model(ids[rows]).last_hidden_state[:, size.prompt - 1 : -1]
@@ -104,6 +103,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     flags = parser.parse_args()
     size, report = parse_size(flags.shape), {"shape": flags.shape}
+    if size.batch % flags.parts:
+        parser.error(f"--parts {flags.parts} does not divide a batch of {size.batch} sequences.")
     policy = policy_model(size, seed=0).bfloat16().cuda()
     if "decode" in flags.stages:
         step = generation(policy.eval(), size, flags.rounds)
