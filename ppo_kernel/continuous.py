@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import TypeAlias
 
 import equinox as eqx
@@ -34,8 +36,8 @@ Written: TypeAlias = tuple[Array, ...]
 _REFILLS = 8
 """Slots over those of a refill: fewer refills keep more slots waiting, more move few rows."""
 
-_DRAINS = 4
-"""Slots over those that the last sequences are decoded in."""
+_DRAINS = 2, 4
+"""Slots over those that the last sequences are decoded in, as they become fewer."""
 
 
 def decode_queue(
@@ -87,9 +89,10 @@ def decode_queue(
         lambda state: jax.lax.while_loop(queue.has_read, queue.refill, queue.read_ahead(state)),
         queue.idle(),
     )
-    state = jax.lax.while_loop(
-        lambda state: jnp.any(state.active), queue.one_token, queue.narrow(state)
-    )
+    for width, few in pairwise([*queue.widths, 0]):
+        state = jax.lax.while_loop(
+            partial(queue.more_than, few), queue.one_token, queue.narrow(state, width)
+        )
     return jax.tree.map(merge, state.written)
 
 
@@ -246,13 +249,16 @@ class _Queue:
         Where one can, the others take what they have room for, since their devices wait anyway.
         Once nothing waits, it stops as soon as `narrow` keeps all that is active.
         """
-        few = jnp.where(jnp.any(self.waiting(state) > 0), 0, self._last)
-        active = jnp.sum(state.active, axis=1)
-        return jnp.any(active > few) & ~jnp.any(self._has_slots(state))
+        few = jnp.where(jnp.any(self.waiting(state) > 0), 0, self.widths[0])
+        return self.more_than(few, state) & ~jnp.any(self._has_slots(state))
 
-    def narrow(self, state: _Slots) -> _Slots:
-        """The last few slots of each queue by themselves, the active ones among them."""
-        last = jnp.argsort(~state.active, axis=1)[:, : self._last]
+    def more_than(self, few: Int[Array, ""] | int, state: _Slots) -> Bool[Array, ""]:
+        """Whether more than `few` slots of some queue are active."""
+        return jnp.any(jnp.sum(state.active, axis=1) > few)
+
+    def narrow(self, state: _Slots, width: int) -> _Slots:
+        """`width` slots of each queue by themselves, the active ones among them."""
+        last = jnp.argsort(~state.active, axis=1)[:, :width]
         return replace(
             state,
             cache=take_rows(state.cache, last),
@@ -263,9 +269,9 @@ class _Queue:
         )
 
     @property
-    def _last(self) -> int:
-        """Slots of each queue in which its last sequences are decoded."""
-        return max(1, self.slots // _DRAINS)
+    def widths(self) -> list[int]:
+        """Slots of each queue in which its last sequences are decoded, one after the other."""
+        return sorted({max(1, self.slots // n) for n in _DRAINS}, reverse=True)
 
     def _read(self, tokens: Int[Array, "n P"], mask: Bool[Array, "n P"]):
         """`read` for what waits: without room for its decode steps where that can be added."""
