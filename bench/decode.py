@@ -7,6 +7,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from ppo_kernel.config import GenerationConfig, IterationConfig
 from ppo_kernel.models import LanguageModel
 from ppo_kernel.models.few_rows import LaidOut
 from ppo_kernel.models.layers import for_few_rows
@@ -87,10 +88,11 @@ def main() -> None:
     size = parse_size(flags.shape)
     case = build(size, flags.dtype)
     steps = size.response - 1
+    one_token = IterationConfig(GenerationConfig(1))
     medians = medians_in_turns(
         {
             "rollout": prepare("rollout", case).run,
-            "first_token": prepare("rollout", build(replace(size, response=1), flags.dtype)).run,
+            "first_token": prepare("rollout", replace(case, config=one_token)).run,
         }
         | {form: bare_products(case.reference, size.batch, form, steps) for form in flags.forms},
         flags.rounds,

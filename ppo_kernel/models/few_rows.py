@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 STRIP = 64
 """Columns of a strip: with 128 XLA packs the matrix anew in every product."""
 
-STRIPS_FROM = 2048
+STRIPS_FROM = 1024
 """Outputs from which strips are faster for 2 to 16 rows and hardly slower for others."""
 
 STRIPS_ARE_FAST = jax.__version_info__ >= (0, 12)
