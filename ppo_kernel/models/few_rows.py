@@ -1,15 +1,20 @@
 """Products of a matrix with the few rows of a decode step."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-STRIP = 64
-"""Columns of a strip: with 128 XLA packs the matrix anew in every product."""
+STRIPS = 64, 32
+"""Columns of a strip, the best first: with 128 XLA packs the matrix anew in every product."""
 
-STRIPS_FROM = 1024
-"""Outputs from which strips are faster for 2 to 16 rows and hardly slower for others."""
+LARGEST_STRIP = 2**15
+"""Numbers in a strip: XLA computes with larger ones on fewer cores, in the end on a single one."""
+
+STRIPS_FROM = 512
+"""Outputs from which strips are faster for 2 to 8 rows and hardly slower for others."""
 
 STRIPS_ARE_FAST = jax.__version_info__ >= (0, 12)
 """Before, XLA computed strips no faster for 8 rows, and slower for 1 and for 16."""
@@ -22,42 +27,47 @@ class LaidOut(eqx.Module):
     """x W^T for the few rows of many decode steps, W being laid out once before them.
 
     XLA's product on CPUs reads its right operand slowly, as if it were packed anew in every call.
-    A sum of products over strips of 64 columns, each contiguous as [in, 64], is computed as a
-    product too, but reads W as it lies. Where W has few outputs, or its type is not float32, W
-    stays as it is and is the left operand for up to 64 rows. Other devices get the plain product.
-    The times are in bench/RESULTS.md.
+    A sum of products over strips of 64 or 32 columns, each contiguous as [in, columns], is computed
+    as a product too, but reads W as it lies. Where W has few outputs or over 1,024 inputs, or its
+    type is not float32, W stays as it is and is the left operand for up to 64 rows. Other devices
+    get the plain product. The times are in bench/RESULTS.md.
 
     Attributes:
-        weight: W [out, in]; with strips, in the memory of a CPU, [out / 64, in, 64].
-        strips: whether CPUs have strips.
+        weight: W [out, in]; with strips, in the memory of a CPU, [out / strip, in, strip].
+        strip: columns of the strips that CPUs have; 0 for none.
     """
 
     weight: Float[Array, "out in"]
-    strips: bool = eqx.field(static=True)
+    strip: int = eqx.field(static=True)
 
     @classmethod
     def of(cls, weight: Float[Array, "out in"]) -> "LaidOut":
         """Lay out `weight`, which has the type of the rows to come."""
-        outs, ins = weight.shape
-        long = outs >= STRIPS_FROM and outs % STRIP == 0
-        strips = STRIPS_ARE_FAST and long and weight.dtype == jnp.float32
-        if strips:
+        strip = _strip_of(weight)
+        if strip:
             weight = jax.lax.platform_dependent(
                 weight,
-                cpu=lambda w: w.reshape(-1, STRIP, ins).swapaxes(1, 2).reshape(outs, ins),
+                cpu=lambda w: w.reshape(-1, strip, w.shape[1]).swapaxes(1, 2).reshape(w.shape),
                 default=lambda w: w,
             )
         # The barrier keeps XLA from undoing the layout inside the loop.
-        return cls(jax.lax.optimization_barrier(weight), strips)
+        return cls(jax.lax.optimization_barrier(weight), strip)
 
     def __call__(self, x: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
-        if self.strips:
-            form = _in_strips
+        if self.strip:
+            form = partial(_in_strips, self.strip)
         elif x.shape[0] <= FEW and x.dtype == jnp.float32:
             form = _on_the_left
         else:
             return _plain(x, self.weight)
         return jax.lax.platform_dependent(x, self.weight, cpu=form, default=_plain)
+
+
+def _strip_of(weight: Float[Array, "out in"]) -> int:
+    outs, ins = weight.shape
+    if not STRIPS_ARE_FAST or outs < STRIPS_FROM or weight.dtype != jnp.float32:
+        return 0
+    return next((n for n in STRIPS if outs % n == 0 and n * ins <= LARGEST_STRIP), 0)
 
 
 def _plain(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
@@ -69,9 +79,9 @@ def _on_the_left(x, weight):
     return jax.lax.optimization_barrier(jnp.einsum("oi,bi->ob", weight, x)).T
 
 
-def _in_strips(x, weight):
+def _in_strips(strip, x, weight):
     # Without the barrier XLA may keep the repeated strips of two products that stand together.
     x, weight = jax.lax.optimization_barrier((x, weight))
-    strips = weight.reshape(-1, x.shape[1], STRIP)
+    strips = weight.reshape(-1, x.shape[1], strip)
     sums = jnp.sum(strips[:, None] * x[None, :, :, None], axis=2)
     return sums.swapaxes(0, 1).reshape(x.shape[0], -1)
