@@ -47,7 +47,7 @@ def product(x: Float[Array, "rows in"], weight: Float[Array, "in out"]) -> Float
     """x W, whose weight gradient has its longer side last: x^T dy, or (dy^T x)^T.
 
     XLA's CPU backend computes a product of few columns and many terms at half its usual speed
-    (bench/RESULTS.md). Forward-mode derivatives alone do not exist.
+    (bench/TRIED.md). Forward-mode derivatives alone do not exist.
     """
     return x @ weight
 
