@@ -11,10 +11,13 @@ STRIPS = 64, 32
 """Columns of a strip, the best first: with 128 XLA packs the matrix anew in every product."""
 
 LARGEST_STRIP = 2**15
-"""Numbers in a strip: XLA computes with larger ones on fewer cores, in the end on a single one."""
+"""Numbers in a strip. XLA seems to hand out larger ones to the cores 64 at a time."""
+
+MANY_STRIPS = 256
+"""So many of the larger ones keep the cores busy."""
 
 STRIPS_FROM = 512
-"""Outputs from which strips are faster for 2 to 8 rows and hardly slower for others."""
+"""Outputs from which strips are faster for 2 to 8 rows."""
 
 STRIPS_ARE_FAST = jax.__version_info__ >= (0, 12)
 """Before, XLA computed strips no faster for 8 rows, and slower for 1 and for 16."""
@@ -28,9 +31,9 @@ class LaidOut(eqx.Module):
 
     XLA's product on CPUs reads its right operand slowly, as if it were packed anew in every call.
     A sum of products over strips of 64 or 32 columns, each contiguous as [in, columns], is computed
-    as a product too, but reads W as it lies. Where W has few outputs or over 1,024 inputs, or its
-    type is not float32, W stays as it is and is the left operand for up to 64 rows. Other devices
-    get the plain product. The times are in bench/TRIED.md.
+    as a product too, but reads W as it lies. Where W has few outputs for its
+    inputs, or its type is not float32, W stays as it is and is the left operand for up to 64 rows.
+    Other devices get the plain product. The times are in bench/TRIED.md.
 
     Attributes:
         weight: W [out, in]; with strips, in the memory of a CPU, [out / strip, in, strip].
@@ -67,7 +70,11 @@ def _strip_of(weight: Float[Array, "out in"]) -> int:
     outs, ins = weight.shape
     if not STRIPS_ARE_FAST or outs < STRIPS_FROM or weight.dtype != jnp.float32:
         return 0
-    return next((n for n in STRIPS if outs % n == 0 and n * ins <= LARGEST_STRIP), 0)
+    for strip in STRIPS:
+        shared_out = strip * ins <= LARGEST_STRIP or outs // strip >= MANY_STRIPS
+        if outs % strip == 0 and shared_out:
+            return strip
+    return 0
 
 
 def _plain(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:

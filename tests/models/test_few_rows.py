@@ -13,8 +13,7 @@ from ppo_kernel.models.layers import Linear, for_few_rows
 from ppo_kernel.rollout import generate
 
 WIDE = {"hidden_size": 512, "intermediate_size": 320, "num_heads": 8, "head_dim": 64}
-"""Query, key and value together, gate and up together, and the output have more than 2^18 weights;
-`down` has fewer, so both kinds meet in one layer."""
+"""Every matrix of a layer is a whole number of strips: see `strips_from`."""
 
 
 def drawn(shape, seed=0):
@@ -49,13 +48,16 @@ def strips_from(monkeypatch, outputs):
         (640, 384, 64),
         (672, 384, 32),  # no whole number of the wider ones
         (640, 800, 32),  # the wider ones are too large
-        (640, 1056, 0),  # both are
+        (640, 1056, 0),  # both are, and there are few
+        (704, 1056, 32),  # there are many of the narrower ones
+        (1344, 1056, 64),  # and of the wider ones
         (480, 384, 0),  # too few outputs
     ],
 )
 @pytest.mark.parametrize("rows", [1, 2, 8, 40, 100])
 def test_the_product_equals_numpys(monkeypatch, rows, outputs, inputs, strip):
     strips_from(monkeypatch, 512)
+    monkeypatch.setattr(few_rows, "MANY_STRIPS", 21)
     x, weight = drawn((rows, inputs)), drawn((outputs, inputs), 1)
     laid_out = LaidOut.of(jnp.asarray(weight))
     assert laid_out.strip == strip
