@@ -193,10 +193,10 @@ def test_the_loop_copies_no_cache():
     config = GenerationConfig(max_new_tokens=40, eos_token_ids=(1,), decode_slots=6)
     lowered = GENERATE.lower(policy, tiny.prompts(), KEY, config=config)
     text = lowered.compile().compiled.as_text()
-    assert_written_in_place(decode_loop(text), policy, ["[6,2,16,43]", "[6,2,43,16]"])
+    assert_written_in_place(decode_loop(text), policy, ["[6,2,16,48]", "[6,2,48,16]"])
     # Copies before the loops lay out what is carried; there is none in a body.
     before, _, entry = text.partition("ENTRY")
-    for shape in (r"6,2,16,43\]", r"6,2,43,16\]"):
+    for shape in (r"6,2,16,48\]", r"6,2,48,16\]"):
         copied = re.findall(r".* = \w+\[(?:1,)?" + shape + r"\S* copy\(.*", before)
         assert not copied, copied
         assert re.search(shape, entry)

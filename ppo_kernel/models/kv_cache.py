@@ -41,7 +41,7 @@ class KVCache(eqx.Module):
         Args:
             keys, values: of every layer, rotated already, in the cache's type.
             mask: valid slots of the prompt.
-            capacity: S, at least P.
+            capacity: at least P; S is the next multiple of 16.
 
         Raises:
             ValueError: the prompt does not fit.
@@ -50,7 +50,7 @@ class KVCache(eqx.Module):
         if capacity < length:
             raise ValueError(f"a prompt of {length} slots does not fit a cache of {capacity}.")
 
-        more = capacity - length
+        more = _whole_vectors(capacity) - length
         return cls(
             keys=tuple(_pad(keys[i].transpose(0, 2, 3, 1), 3, more) for i in range(layers)),
             values=tuple(_pad(values[i].swapaxes(1, 2), 2, more) for i in range(layers)),
@@ -61,7 +61,7 @@ class KVCache(eqx.Module):
         )
 
     def grown(self, capacity: int) -> "KVCache":
-        """The cache with room for `capacity` slots, no fewer; where it was full, it goes on there.
+        """The cache with room for `capacity` slots; where it was full, it goes on there.
 
         Only before any slot is written a second time.
 
@@ -69,9 +69,9 @@ class KVCache(eqx.Module):
             ValueError: it has more slots already.
         """
         before = self.mask.shape[1]
-        if capacity < before:
+        if _whole_vectors(capacity) < before:
             raise ValueError(f"a cache of {before} slots cannot grow to {capacity}.")
-        more = capacity - before
+        more = _whole_vectors(capacity) - before
         return replace(
             self,
             keys=tuple(_pad(x, 3, more) for x in self.keys),
@@ -110,6 +110,11 @@ def write_slots(
         write(keys, key[:, :, :, None].astype(keys.dtype), slot, axis=3),
         write(values, value[:, :, None].astype(values.dtype), slot, axis=2),
     )
+
+
+def _whole_vectors(slots: int) -> int:
+    """`slots` rounded up to a multiple of 16: keys of other lengths are read in broken vectors."""
+    return -(-slots // 16) * 16
 
 
 def _pad(x: Array, axis: int, more: int) -> Array:
