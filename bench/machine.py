@@ -125,6 +125,6 @@ def _matvec(dtype: str, transposed: bool) -> float:
 
 
 def _least_seconds(call: Callable[[], object]) -> float:
-    """The least time of a call; on an accelerator of ten in a row, which hide each other's start."""
+    """The least time of a call; on an accelerator of ten in a row, which hide their starts."""
     times = 1 if jax.default_backend() == "cpu" else 10
     return min(seconds_of(lambda: [call() for _ in range(times)])) / times

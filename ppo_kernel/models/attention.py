@@ -85,11 +85,8 @@ class Attention(eqx.Module):
         ) -> tuple[Float[Array, "B D"], Float[Array, "B K E S"], Float[Array, "B K S E"]]:
             query, key, value = self._by_head(inputs(x), rotation)
             keys, values = write_slots(keys, values, key, value, slot)
-            mixed = attend(
-                self._grouped(query)[:, :, :, None],
-                keys.swapaxes(2, 3).astype(x.dtype),
-                values.astype(x.dtype),
-                mask[:, None, :],
+            mixed = attend_to_cache(
+                self._grouped(query), keys.astype(x.dtype), values.astype(x.dtype), mask
             )
             return output(mixed.reshape(x.shape[0], -1))[0], keys, values
 
@@ -148,7 +145,7 @@ def attend(
 
     The softmax is in at least float32. A query with nothing allowed gets the mean of all values:
     finite, and never read, since only padding is in that place. The backward pass takes the weights
-    from their maximum and sum, with fewer passes over [Q, S] than autodiff makes:
+    from their maximum and sum, with fewer passes over [S, Q] than autodiff makes:
 
         dp = do v^T,   dz = p (dp - sum(p dp)),   dq = dz k / sqrt(E),   dk = dz^T q / sqrt(E)
 
@@ -172,11 +169,13 @@ KEPT = "attention"
 
 def _attend_forward(query, key, value, allowed):
     logits = _logits(query, key, allowed)
-    largest = jnp.max(logits, axis=-1, keepdims=True)
+    largest = jnp.max(logits, axis=2, keepdims=True)
     weights = jnp.exp(logits - largest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    mixed = at_least_float32(jnp.einsum("bkgqs,bkse->bkgqe", weights.astype(value.dtype), value))
-    mixed = (mixed / total).astype(value.dtype)
+    total = jnp.sum(weights, axis=2, keepdims=True)
+    mixed = at_least_float32(
+        jnp.einsum("bkes,bksx->bkex", _turned(value), weights.astype(value.dtype))
+    )
+    mixed = _turned((mixed / total).astype(value.dtype)).reshape(query.shape)
     mixed, largest, total = (checkpoint_name(x, KEPT) for x in (mixed, largest, total))
     return mixed, (query, key, value, allowed, largest, total)
 
@@ -184,16 +183,18 @@ def _attend_forward(query, key, value, allowed):
 def _attend_backward(residuals, cotangent):
     query, key, value, allowed, largest, total = residuals
     weights = jnp.exp(_logits(query, key, allowed) - largest)
-    share = (at_least_float32(cotangent) / total).astype(value.dtype)
-    value_gradient = jnp.einsum("bkgqs,bkgqe->bkse", weights.astype(value.dtype), share)
-    along = at_least_float32(jnp.einsum("bkgqe,bkse->bkgqs", share, value))
+    share = at_least_float32(_joint(cotangent)) / _turned(total)
+    share = share.astype(value.dtype)
+    value_gradient = jnp.einsum("bksx,bkxe->bkse", weights.astype(value.dtype), share)
+    along = at_least_float32(jnp.einsum("bkse,bkxe->bksx", value, share))
     # sum(p dp) and not its equal sum(do o): a query that sees one slot then has no gradient, and
     # not a rounding error, which an optimizer such as Adam would magnify.
-    along -= jnp.sum(weights * along, axis=-1, keepdims=True) / total
-    change = jnp.where(allowed[:, None, None], weights * along, 0.0).astype(query.dtype)
+    along -= jnp.sum(weights * along, axis=2, keepdims=True) / total
+    change = jnp.where(_seen(allowed, query), weights * along, 0.0).astype(query.dtype)
     scale = query.shape[-1] ** -0.5
-    query_gradient = jnp.einsum("bkgqs,bkse->bkgqe", change, key) * scale
-    key_gradient = jnp.einsum("bkgqs,bkgqe->bkse", change, query * scale)
+    query_gradient = jnp.einsum("bkes,bksx->bkex", _turned(key), change)
+    query_gradient = _turned(query_gradient).reshape(query.shape) * scale
+    key_gradient = jnp.einsum("bksx,bkxe->bkse", change, _joint(query * scale))
     return query_gradient, key_gradient, value_gradient, None
 
 
@@ -201,7 +202,47 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _logits(query, key, allowed):
-    """[B, K, group, Q, S], at least float32; the lowest number where a slot is not allowed."""
+    """[B, K, S, group Q], at least float32; the lowest number where a slot is not allowed.
+
+    The slots come first, so that the products of both passes take this large array as it lies: what
+    has to be turned, for the values and for the gradient of the queries, is [S, E].
+    """
     scale = query.shape[-1] ** -0.5
-    logits = at_least_float32(jnp.einsum("bkgqe,bkse->bkgqs", query * scale, key))
-    return jnp.where(allowed[:, None, None], logits, jnp.finfo(logits.dtype).min)
+    logits = at_least_float32(jnp.einsum("bkse,bkxe->bksx", key, _joint(query * scale)))
+    return jnp.where(_seen(allowed, query), logits, jnp.finfo(logits.dtype).min)
+
+
+def _seen(allowed: Bool[Array, "B Q S"], query: Array) -> Bool[Array, "B 1 S groupQ"]:
+    return jnp.tile(_turned(allowed), (1, 1, query.shape[2]))[:, None]
+
+
+def _joint(x: Float[Array, "B K group Q E"]) -> Float[Array, "B K groupQ E"]:
+    """All queries of a key's group side by side."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _turned(x: Array) -> Array:
+    return x.swapaxes(-1, -2)
+
+
+def attend_to_cache(
+    query: Float[Array, "B K group E"],
+    keys: Float[Array, "B K E S"],
+    values: Float[Array, "B K S E"],
+    mask: Bool[Array, "B S"],
+) -> Float[Array, "B K group E"]:
+    """`attend` of one query a head, to keys that lie as the cache has them; no gradient needed.
+
+    Args:
+        query: grouped by the key/value head they share.
+        keys, values: the slots of a cache.
+        mask: which of them hold a token.
+
+    Returns:
+        The mixed values, shape of `query`.
+    """
+    logits = at_least_float32((query * query.shape[-1] ** -0.5) @ keys)
+    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(logits.dtype).min)
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    mixed = at_least_float32(weights.astype(values.dtype) @ values)
+    return (mixed / jnp.sum(weights, axis=-1, keepdims=True)).astype(values.dtype)

@@ -217,7 +217,9 @@ def rotate(x: Float[Array, "*batch X E"], rotation: Rotation) -> Float[Array, "*
     Returns:
         Same shape and type as `x`; computed in at least float32.
     """
-    cos, sin = (part[..., None, :] for part in rotation)
-    first, second = jnp.split(at_least_float32(x), 2, axis=-1)
-    rotated = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+    cos, sin = (part[..., None, None, :] for part in rotation)
+    halves = at_least_float32(x).reshape(*x.shape[:-1], 2, -1)
+    # Turned over rather than put together anew from its halves: one pass, forward and backward.
+    signs = jnp.array([-1.0, 1.0], halves.dtype).reshape((1,) * (x.ndim - 1) + (2, 1))
+    rotated = halves * cos + jnp.flip(halves, axis=-2) * (signs * sin)
+    return rotated.reshape(x.shape).astype(x.dtype)

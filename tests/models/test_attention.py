@@ -89,9 +89,9 @@ def test_blocks_of_queries_equal_attention_over_the_whole_square(float64, slots)
 
 def test_the_part_that_no_query_sees_is_not_computed():
     """Four blocks of a quarter each: (1 + 2 + 3 + 4) / 16 of the logits of the square."""
-    heads, slots = jnp.zeros((1, 1, 1, 256, HEAD)), jnp.zeros((1, 1, 256, HEAD))
-    text = jax.jit(attend_causally).lower(heads, slots, slots, jnp.ones((1, 256), bool)).as_text()
-    products = re.findall(r"dot_general.*-> tensor<1x1x(?:1x)?64x(\d+)xf32>", text)
+    heads, slots = jnp.zeros((2, 2, 1, 256, HEAD)), jnp.zeros((2, 2, 256, HEAD))
+    text = jax.jit(attend_causally).lower(heads, slots, slots, jnp.ones((2, 256), bool)).as_text()
+    products = re.findall(r"dot_general.*-> tensor<2x2x(\d+)x64xf32>", text)
     assert sorted(int(n) for n in products if int(n) != HEAD) == [64, 128, 192, 256]
 
 
