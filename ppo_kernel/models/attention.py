@@ -114,6 +114,8 @@ def attend_causally(
     Returns:
         The mixed values, shape of `query`.
     """
+    # Made once: each block would turn around its own part of what the projections wrote.
+    query, key, value = jax.lax.optimization_barrier((query, key, value))
     length = mask.shape[1]
     blocks = min(4, max(1, length // _LEAST_BLOCK))
     bounds = [length * n // blocks for n in range(blocks + 1)]
@@ -172,10 +174,8 @@ def _attend_forward(query, key, value, allowed):
     largest = jnp.max(logits, axis=2, keepdims=True)
     weights = jnp.exp(logits - largest)
     total = jnp.sum(weights, axis=2, keepdims=True)
-    mixed = at_least_float32(
-        jnp.einsum("bkes,bksx->bkex", _turned(value), weights.astype(value.dtype))
-    )
-    mixed = _turned((mixed / total).astype(value.dtype)).reshape(query.shape)
+    mixed = at_least_float32(jnp.einsum("bksx,bkse->bkxe", weights.astype(value.dtype), value))
+    mixed = (mixed / _turned(total)).astype(value.dtype).reshape(query.shape)
     mixed, largest, total = (checkpoint_name(x, KEPT) for x in (mixed, largest, total))
     return mixed, (query, key, value, allowed, largest, total)
 
@@ -192,8 +192,7 @@ def _attend_backward(residuals, cotangent):
     along -= jnp.sum(weights * along, axis=2, keepdims=True) / total
     change = jnp.where(_seen(allowed, query), weights * along, 0.0).astype(query.dtype)
     scale = query.shape[-1] ** -0.5
-    query_gradient = jnp.einsum("bkes,bksx->bkex", _turned(key), change)
-    query_gradient = _turned(query_gradient).reshape(query.shape) * scale
+    query_gradient = jnp.einsum("bksx,bkse->bkxe", change, key).reshape(query.shape) * scale
     key_gradient = jnp.einsum("bksx,bkxe->bkse", change, _joint(query * scale))
     return query_gradient, key_gradient, value_gradient, None
 
@@ -204,8 +203,8 @@ attend.defvjp(_attend_forward, _attend_backward)
 def _logits(query, key, allowed):
     """[B, K, S, group Q], at least float32; the lowest number where a slot is not allowed.
 
-    The slots come first, so that the products of both passes take this large array as it lies: what
-    has to be turned, for the values and for the gradient of the queries, is [S, E].
+    The slots come first: most products of the two passes then take this large array as it lies,
+    where XLA's CPU backend would write it anew, turned around.
     """
     scale = query.shape[-1] ** -0.5
     logits = at_least_float32(jnp.einsum("bkse,bkxe->bksx", key, _joint(query * scale)))
