@@ -183,8 +183,7 @@ def _attend_forward(query, key, value, allowed):
 def _attend_backward(residuals, cotangent):
     query, key, value, allowed, largest, total = residuals
     weights = jnp.exp(_logits(query, key, allowed) - largest)
-    share = at_least_float32(_joint(cotangent)) / _turned(total)
-    share = share.astype(value.dtype)
+    share = (at_least_float32(_joint(cotangent)) / _turned(total)).astype(value.dtype)
     value_gradient = jnp.einsum("bksx,bkxe->bkse", weights.astype(value.dtype), share)
     along = at_least_float32(jnp.einsum("bkse,bkxe->bksx", value, share))
     # sum(p dp) and not its equal sum(do o): a query that sees one slot then has no gradient, and

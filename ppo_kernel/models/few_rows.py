@@ -31,9 +31,9 @@ class LaidOut(eqx.Module):
 
     XLA's product on CPUs reads its right operand slowly, as if it were packed anew in every call.
     A sum of products over strips of 64 or 32 columns, each contiguous as [in, columns], is computed
-    as a product too, but reads W as it lies. Where W has few outputs for its
-    inputs, or its type is not float32, W stays as it is and is the left operand for up to 64 rows.
-    Other devices get the plain product. The times are in bench/TRIED.md.
+    as a product too, but reads W as it lies. Where W has few outputs for its inputs, or its type is
+    not float32, W stays as it is and is the left operand for up to 64 rows. Other devices get the
+    plain product. The times are in bench/TRIED.md.
 
     Attributes:
         weight: W [out, in]; with strips, in the memory of a CPU, [out / strip, in, strip].

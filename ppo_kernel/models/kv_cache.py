@@ -69,9 +69,9 @@ class KVCache(eqx.Module):
             ValueError: it has more slots already.
         """
         before = self.mask.shape[1]
-        if _whole_vectors(capacity) < before:
-            raise ValueError(f"a cache of {before} slots cannot grow to {capacity}.")
         more = _whole_vectors(capacity) - before
+        if more < 0:
+            raise ValueError(f"a cache of {before} slots cannot grow to {capacity}.")
         return replace(
             self,
             keys=tuple(_pad(x, 3, more) for x in self.keys),
