@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--stage", default="rollout", choices=("rollout", "learn"))
     parser.add_argument("--dtype", default="float32", help="of parameters, activations and cache")
     parser.add_argument("--slots", type=int, default=32, help="of the rollout")
+    parser.add_argument("--draws", type=int, default=8, help="of all lengths, for the rollout")
     parser.add_argument("--microbatch", type=int, default=4, help="sequences, where lengths differ")
     parser.add_argument("--rounds", type=int, default=5)
     flags = parser.parse_args()
@@ -93,7 +94,10 @@ def run_learn(flags: argparse.Namespace) -> dict:
 
 
 def run_rollout(flags: argparse.Namespace) -> dict:
-    """Both programs in turns on the same prompts; medians of `rounds`."""
+    """Both programs in turns on the same prompts, each of several draws; medians of `rounds`.
+
+    What can be gained differs from draw to draw, by the lengths that come late: hence several.
+    """
     size = replace(parse_size(flags.shape), batch=TURNS * flags.slots)
     case = build(size, flags.dtype)
     policy = Ending(case.state.policy, 4 / size.response)
@@ -103,22 +107,33 @@ def run_rollout(flags: argparse.Namespace) -> dict:
     ]
     fixed, fixed_s = _compiled(case, policy, batches[0])
     continuous, continuous_s = _compiled(case, policy, case.prompts, decode_slots=flags.slots)
-    lengths = np.concatenate([fixed(policy, batch).lengths for batch in batches])
-    same = np.array_equal(lengths, continuous(policy, case.prompts).lengths)
+    keys = [jax.random.key(draw) for draw in range(flags.draws)]
+
+    def in_batches(key):
+        return [fixed(policy, batch, key) for batch in batches]
+
+    lengths = np.stack([np.concatenate([x.lengths for x in in_batches(key)]) for key in keys])
+    same = [
+        np.array_equal(drawn, continuous(policy, case.prompts, key).lengths)
+        for drawn, key in zip(lengths, keys, strict=True)
+    ]
     runs = {
-        "fixed": lambda: [fixed(policy, batch) for batch in batches],
-        "continuous": lambda: continuous(policy, case.prompts),
+        "fixed": lambda: [in_batches(key) for key in keys],
+        "continuous": lambda: [continuous(policy, case.prompts, key) for key in keys],
     }
     medians = medians_in_turns(runs, flags.rounds)
+    refill = refill_size(flags.slots)
+    longest = lengths.reshape(flags.draws, TURNS, -1).max(axis=2)
     steps = {
-        "fixed": int(lengths.reshape(TURNS, -1).max(axis=1).sum()) - TURNS,
-        "continuous": decode_steps(lengths, flags.slots, refill_size(flags.slots)),
-        "no_waiting": decode_steps(lengths, flags.slots, 1),
+        "fixed": int(longest.sum()) - longest.size,
+        "continuous": sum(decode_steps(drawn, flags.slots, refill) for drawn in lengths),
+        "no_waiting": sum(decode_steps(drawn, flags.slots, 1) for drawn in lengths),
     }
     return {
         "shape": flags.shape, "slots": flags.slots, "dtype": flags.dtype,
-        "sequences": size.batch, "mean_length": round(float(lengths.mean()), 2),
-        "same_lengths": bool(same),
+        "sequences": size.batch, "draws": flags.draws,
+        "mean_length": round(float(lengths.mean()), 2),
+        "same_lengths": all(same),
         "median_s": {name: round(median, 6) for name, median in medians.items()},
         "tokens_per_s": {name: round(lengths.sum() / x, 1) for name, x in medians.items()},
         "ratio": round(medians["fixed"] / medians["continuous"], 3),
@@ -150,11 +165,11 @@ def decode_steps(lengths: np.ndarray, slots: int, refill: int) -> int:
 
 
 def _compiled(case: Case, policy: Ending, prompts: Prompts, **changes):
-    """(The rollout of a policy and prompts of this shape, seconds of compiling it)."""
+    """(The rollout of a policy, prompts of this shape and a key; seconds of compiling it)."""
     config = replace(case.config.generation, eos_token_ids=(EOS,), **changes)
-    sample = eqx.filter_jit(lambda *inputs: generate(*inputs, jax.random.key(0), config=config))
+    sample = eqx.filter_jit(lambda *inputs: generate(*inputs, config=config))
     start = time.perf_counter()
-    compiled = sample.lower(policy, prompts).compile()
+    compiled = sample.lower(policy, prompts, jax.random.key(0)).compile()
     return compiled, time.perf_counter() - start
 
 

@@ -39,6 +39,12 @@ _REFILLS = 8
 _DRAINS = 2, 4
 """Slots over those that the last sequences are decoded in, as they become fewer."""
 
+_LOOPS = 4
+"""For a cache that grows: more loops read fewer empty slots, and take longer to compile."""
+
+_LEAST_STEPS = 64
+"""Decode steps: a shorter loop of its own saves less than it takes to compile."""
+
 
 def decode_queue(
     read: Read,
@@ -57,6 +63,8 @@ def decode_queue(
     first tokens drawn; what is read waits beside the slots. Slots wait until there is room for a
     few sequences, which then are moved in. All rows step together, whatever their t. Every queue
     has its own part of the prompts and of the slots, so that one on a device never asks another.
+    With `grow` the first T - 1 steps are in up to four loops, each with a cache that has room up to
+    its own end; from then on the cache is full, a ring.
 
     Args:
         read, draw, step: see `Read`, `Draw`, `Decoder`.
@@ -79,21 +87,33 @@ def decode_queue(
             f"{queues} queues (one a device), and the {count} prompts a multiple of {queues}."
         )
     here = slots // queues
+    rooms = rooms_of_loops(noise.shape[1], growing=grow is not None)
     queue = _Queue(
         read, draw, step, grow,
         tokens=split(prompts.tokens, queues), mask=split(prompts.mask, queues),
         noise=split(noise, queues), config=config, slots=here, chunk=refill_size(here),
+        room=rooms[0],
     )  # fmt: skip
-    state = jax.lax.while_loop(
-        lambda state: jnp.any(queue.waiting(state) > 0),
-        lambda state: jax.lax.while_loop(queue.has_read, queue.refill, queue.read_ahead(state)),
-        queue.idle(),
-    )
+    state = queue.idle()
+    for room in rooms:
+        queue = replace(queue, room=room)
+        state = queue.decode(replace(state, cache=queue.with_room(state.cache)))
     for width, few in pairwise([*queue.widths, 0]):
         state = jax.lax.while_loop(
             partial(queue.more_than, few), queue.one_token, queue.narrow(state, width)
         )
     return jax.tree.map(merge, state.written)
+
+
+def rooms_of_loops(length: int, growing: bool) -> list[int]:
+    """Decode steps that the cache has room for in each of the loops, one after the other.
+
+    Args:
+        length: T; the first token comes from the prefill, and the last one is never read.
+        growing: whether the cache can be given more room.
+    """
+    loops = min(_LOOPS, max(1, length // _LEAST_STEPS)) if growing else 1
+    return [(length - 1) * n // loops for n in range(1, loops + 1)]
 
 
 def refill_size(slots: int) -> int:
@@ -135,7 +155,8 @@ class _Slots(eqx.Module):
     """What each of C slots of each of Q queues is doing.
 
     `tokens` were drawn last and are not read yet, `sequences` are places in the queue, `t` is the
-    index of the next token, `taken` counts the sequences that have left the queue.
+    index of the next token, `taken` counts the sequences that have left the queue, `steps` the
+    decode steps of them all.
     """
 
     cache: Cache
@@ -144,13 +165,18 @@ class _Slots(eqx.Module):
     t: Int[Array, "Q C"]
     active: Bool[Array, "Q C"]
     taken: Int[Array, " Q"]
+    steps: Int[Array, ""]
     ahead: _Ahead
     written: Written
 
 
 @dataclass(frozen=True)
 class _Queue:
-    """What waits, and how it is read, drawn and decoded; `chunk` sequences make a refill."""
+    """What waits, and how it is read, drawn and decoded.
+
+    `chunk` sequences make a refill. The running cache has room for `room` decode steps: for all
+    there will ever be if that is T - 1, since it then is a ring, and for the first ones otherwise.
+    """
 
     read: Read
     draw: Draw
@@ -162,6 +188,7 @@ class _Queue:
     config: GenerationConfig
     slots: int
     chunk: int
+    room: int
 
     def idle(self) -> _Slots:
         """Nothing read yet. Of the cache that is read here only the rank-0 leaves are kept."""
@@ -177,8 +204,8 @@ class _Queue:
         zeros, none = jnp.zeros((queues, self.slots), jnp.int32), jnp.zeros(queues, jnp.int32)
         ahead = _Ahead(empty(like), zeros, zeros > 0, none)
         return _Slots(
-            cache=empty(self._with_room(like)), tokens=zeros, sequences=zeros, t=zeros,
-            active=zeros > 0, taken=none, ahead=ahead,
+            cache=empty(self.with_room(like)), tokens=zeros, sequences=zeros, t=zeros,
+            active=zeros > 0, taken=none, steps=jnp.zeros((), jnp.int32), ahead=ahead,
             written=blank((queues, rows, length), hidden.dtype, self.config.pad_token_id),
         )  # fmt: skip
 
@@ -186,10 +213,28 @@ class _Queue:
         """Sequences that have not been taken."""
         return self.noise.shape[1] - state.taken
 
-    def has_read(self, state: _Slots) -> Bool[Array, ""]:
-        """Whether some queue is not empty, and none has slots for what it has not read."""
-        lacks = self._has_slots(state) & (self._left(state) == 0)
-        return jnp.any(self.waiting(state) > 0) & ~jnp.any(lacks)
+    def decode(self, state: _Slots) -> _Slots:
+        """Decode in all slots until fewer are enough, or the cache has no more room."""
+
+        def some(state: _Slots) -> _Slots:
+            state = jax.lax.cond(self.lacks(state), self.read_ahead, lambda state: state, state)
+            return jax.lax.while_loop(
+                lambda state: self.goes_on(state) & ~self.lacks(state), self.refill, state
+            )
+
+        return jax.lax.while_loop(self.goes_on, some, state)
+
+    def goes_on(self, state: _Slots) -> Bool[Array, ""]:
+        """Whether the cache has room, and fewer slots would not do: some sequences wait, or
+        `narrow` would lose an active one.
+        """
+        has_room = (state.steps < self.room) | (self.room == self.noise.shape[2] - 1)
+        waits = jnp.any(self.waiting(state) > 0)
+        return has_room & (waits | self.more_than(self.widths[0], state))
+
+    def lacks(self, state: _Slots) -> Bool[Array, ""]:
+        """Whether some queue has slots for what it has not read."""
+        return jnp.any(self._has_slots(state) & (self._left(state) == 0))
 
     def read_ahead(self, state: _Slots) -> _Slots:
         """Read the next prompts of every queue and draw their first tokens, as many as fit."""
@@ -221,7 +266,7 @@ class _Queue:
         at = sequences % self.slots
         free = jnp.argsort(state.active, axis=1)[:, : self.chunk].astype(jnp.int32)
         slots = jnp.where(place < taking[:, None], free, self.slots + place)
-        fresh = self._with_room(take_rows(ahead.cache, at))
+        fresh = self.with_room(take_rows(ahead.cache, at))
         state = replace(
             state,
             cache=put_rows(state.cache, fresh, slots),
@@ -240,17 +285,16 @@ class _Queue:
             hidden, state.sequences, state.t, state.active, state.written
         )
         return replace(
-            state, cache=cache, tokens=tokens, t=state.t + 1, active=active, written=written
-        )
+            state, cache=cache, tokens=tokens, t=state.t + 1, active=active, written=written,
+            steps=state.steps + 1,
+        )  # fmt: skip
 
     def runs(self, state: _Slots) -> Bool[Array, ""]:
-        """Whether to go on decoding in all slots: some are active, and no queue can be refilled.
+        """Whether to go on without a refill: some slots are active, and no queue needs one.
 
-        Where one can, the others take what they have room for, since their devices wait anyway.
-        Once nothing waits, it stops as soon as `narrow` keeps all that is active.
+        Where one does, the others take what they have room for, since their devices wait anyway.
         """
-        few = jnp.where(jnp.any(self.waiting(state) > 0), 0, self.widths[0])
-        return self.more_than(few, state) & ~jnp.any(self._has_slots(state))
+        return self.goes_on(state) & self.more_than(0, state) & ~jnp.any(self._has_slots(state))
 
     def more_than(self, few: Int[Array, ""] | int, state: _Slots) -> Bool[Array, ""]:
         """Whether more than `few` slots of some queue are active."""
@@ -273,6 +317,12 @@ class _Queue:
         """Slots of each queue in which its last sequences are decoded, one after the other."""
         return sorted({max(1, self.slots // n) for n in _DRAINS}, reverse=True)
 
+    def with_room(self, cache: Cache) -> Cache:
+        """What `_read` gave, or the running cache that is full, with room for `room` steps."""
+        if self.grow is None:
+            return cache
+        return self.grow(cache, self.tokens.shape[2] + self.room)
+
     def _read(self, tokens: Int[Array, "n P"], mask: Bool[Array, "n P"]):
         """`read` for what waits: without room for its decode steps where that can be added."""
         return self.read(tokens, mask) if self.grow is None else self.read(tokens, mask, 0)
@@ -281,12 +331,6 @@ class _Queue:
         """Whether a refill, or all that wait if they are fewer, would find free slots."""
         wanted = jnp.minimum(self.waiting(state), self.chunk)
         return (wanted > 0) & (self._free(state) >= wanted)
-
-    def _with_room(self, cache: Cache) -> Cache:
-        """What `_read` gave, with room for all decode steps."""
-        if self.grow is None:
-            return cache
-        return self.grow(cache, self.tokens.shape[2] + self.noise.shape[2] - 1)
 
     def _free(self, state: _Slots) -> Int[Array, " Q"]:
         return jnp.sum(~state.active, axis=1, dtype=jnp.int32)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from .config import GenerationConfig
-from .continuous import Draw, Drawn, Read, Written, blank, decode_queue
+from .continuous import Draw, Drawn, Read, Written, blank, decode_queue, rooms_of_loops
 from .models.base import Cache, Decoder, DecodingPolicy, GrowingPolicy, Policy
 from .ops.logprobs import token_logprobs
 from .ops.masked import at_least_float32
@@ -134,8 +134,7 @@ def _decode(
     so that attention reads few slots that are not written yet.
     """
     rows, length, _ = noise.shape
-    loops = min(4, max(1, length // _LEAST_STEPS)) if grow else 1
-    ends = [(length - 1) * n // loops for n in range(1, loops + 1)]
+    ends = rooms_of_loops(length, growing=grow is not None)
 
     def write(hidden, t, done, written):
         tokens, logprobs, behaviour, is_eos = draw(hidden, noise[:, t], t)
@@ -169,10 +168,6 @@ def _decode(
             partial(unfinished, end=end), one_token, (t, tokens, cache, done, written)
         )
     return written
-
-
-_LEAST_STEPS = 64
-"""Decode steps: a shorter loop of its own saves less than it takes to compile."""
 
 
 def _repeat(cache: Cache, samples: int) -> Cache:

@@ -26,9 +26,15 @@ class GrowingBanningPolicy(BanningPolicy):
         ({"eos_token_ids": ()}, LENGTH, LENGTH),
         ({"min_new_tokens": 150}, 150, 200),
         ({"eos_token_ids": (1, 2, 3, 7)}, 1, 60),
+        ({"eos_token_ids": (), "decode_slots": 2}, LENGTH, LENGTH),
+        ({"min_new_tokens": 70, "decode_slots": 2}, 70, 140),
+        ({"min_new_tokens": 150, "decode_slots": 4}, 150, 200),
     ],
-    ids=["to the end", "into the third loop", "in the first loop"],
-)
+    ids=[
+        "to the end", "into the third loop", "in the first loop", "slots, thrice around the ring",
+        "slots, refilled between the loops", "slots, none refilled before the third loop",
+    ],
+)  # fmt: skip
 def test_a_growing_cache_changes_nothing(float64, settings, least, most):
     config = tiny.generation(max_new_tokens=LENGTH, samples_per_prompt=2, **settings)
     run = eqx.filter_jit(generate)
@@ -51,7 +57,8 @@ def test_a_growing_cache_changes_nothing(float64, settings, least, most):
         (1000, [249, 499, 749, 999]),
     ],
 )
-def test_each_loop_has_room_up_to_its_own_end(length, steps, monkeypatch):
+@pytest.mark.parametrize("slots", [None, 4])
+def test_each_loop_has_room_up_to_its_own_end(length, steps, slots, monkeypatch):
     capacities = []
     decoder = LanguageModel.decoder
 
@@ -65,7 +72,7 @@ def test_each_loop_has_room_up_to_its_own_end(length, steps, monkeypatch):
         return noted
 
     monkeypatch.setattr(LanguageModel, "decoder", watched)
-    config = tiny.generation(max_new_tokens=length)
+    config = tiny.generation(max_new_tokens=length, decode_slots=slots)
     batch = tiny.prompts()
     jax.eval_shape(
         lambda policy, key: generate(policy, batch, key, config=config),
