@@ -54,6 +54,9 @@ class Ending(eqx.Module):
     def decoder(self):
         return self.model.decoder()
 
+    def for_decoding(self):
+        return replace(self, model=self.model.for_decoding())
+
 
 def main() -> None:
     """Parse the flags, measure, print one line of JSON."""
