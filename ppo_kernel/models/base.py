@@ -72,7 +72,7 @@ class GrowingPolicy(Policy, Protocol):
     """
 
     def grow(self, cache: Cache, capacity: int) -> Cache:
-        """`cache`, all its slots written, with room for `capacity` of them."""
+        """`cache`, no slot of which was written twice yet, with room for `capacity` of them."""
         ...
 
 
