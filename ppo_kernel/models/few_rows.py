@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+LARGE = 2**18
+"""Weights: 1 MB in float32, about what a core's own cache holds."""
+
 STRIPS = 64, 32
 """Columns of a strip, the best first: with 128 XLA packs the matrix anew in every product."""
 
@@ -31,9 +34,9 @@ class LaidOut(eqx.Module):
 
     XLA's product on CPUs reads its right operand slowly, as if it were packed anew in every call.
     A sum of products over strips of 64 or 32 columns, each contiguous as [in, columns], is computed
-    as a product too, but reads W as it lies. Where W has few outputs for its inputs, or its type is
-    not float32, W stays as it is and is the left operand for up to 64 rows. Other devices get the
-    plain product. The times are in bench/TRIED.md.
+    as a product too, but reads W as it lies. Where W is small, has few outputs for its inputs, or
+    its type is not float32, W stays as it is and is the left operand for up to 64 rows. Other
+    devices get the plain product. The times are in bench/TRIED.md.
 
     Attributes:
         weight: W [out, in]; with strips, in the memory of a CPU, [out / strip, in, strip].
@@ -68,7 +71,8 @@ class LaidOut(eqx.Module):
 
 def _strip_of(weight: Float[Array, "out in"]) -> int:
     outs, ins = weight.shape
-    if not STRIPS_ARE_FAST or outs < STRIPS_FROM or weight.dtype != jnp.float32:
+    large = weight.size >= LARGE and outs >= STRIPS_FROM
+    if not STRIPS_ARE_FAST or not large or weight.dtype != jnp.float32:
         return 0
     for strip in STRIPS:
         shared_out = strip * ins <= LARGEST_STRIP or outs // strip >= MANY_STRIPS

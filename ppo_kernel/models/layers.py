@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ..ops.masked import at_least_float32
-from .few_rows import LaidOut
+from .few_rows import LARGE, LaidOut
 
 
 class Linear(eqx.Module):
@@ -105,14 +105,10 @@ def for_few_rows(*layers: Linear) -> Callable[[Float[Array, "B in"]], tuple[Arra
     Small ones stay as they are: their weights lie in a cache from one step to the next, where
     every form is as fast.
     """
-    if sum(layer.weight.size for layer in layers) < _LARGE:
+    if sum(layer.weight.size for layer in layers) < LARGE:
         return lambda x: tuple(layer(x) for layer in layers)
     joint = LaidOut.of(jnp.concatenate([layer.weight.T for layer in layers]))
     return lambda x: _parts(joint(x), layers)
-
-
-_LARGE = 2**18
-"""Weights: 1 MB in float32, about what a core's own cache holds."""
 
 
 class RMSNorm(eqx.Module):

@@ -35,10 +35,11 @@ def test_layers_side_by_side_equal_numpy(rows):
         np.testing.assert_allclose(part, want, rtol=1e-5, atol=2e-4)
 
 
-def strips_from(monkeypatch, outputs):
-    """Strips for matrices of at least so many outputs, whatever the version of JAX."""
+def strips_from(monkeypatch, outputs, weights=0):
+    """Strips for matrices of at least so many outputs and weights, whatever the version of JAX."""
     monkeypatch.setattr(few_rows, "STRIPS_ARE_FAST", True)
     monkeypatch.setattr(few_rows, "STRIPS_FROM", outputs)
+    monkeypatch.setattr(few_rows, "LARGE", weights)
 
 
 @pytest.mark.parametrize(
@@ -52,11 +53,12 @@ def strips_from(monkeypatch, outputs):
         (704, 1056, 32),  # there are many of the narrower ones
         (1344, 1056, 64),  # and of the wider ones
         (480, 384, 0),  # too few outputs
+        (640, 192, 0),  # too small
     ],
 )
 @pytest.mark.parametrize("rows", [1, 2, 8, 40, 100])
 def test_the_product_equals_numpys(monkeypatch, rows, outputs, inputs, strip):
-    strips_from(monkeypatch, 512)
+    strips_from(monkeypatch, 512, 2**17)
     monkeypatch.setattr(few_rows, "MANY_STRIPS", 21)
     x, weight = drawn((rows, inputs)), drawn((outputs, inputs), 1)
     laid_out = LaidOut.of(jnp.asarray(weight))
