@@ -191,20 +191,21 @@ class _Queue:
     room: int
 
     def idle(self) -> _Slots:
-        """Nothing read yet. Of the cache that is read here only the rank-0 leaves are kept."""
+        """Nothing read yet, and no room for decode steps where that can be added.
+
+        Of the cache that is read here only the rank-0 leaves are kept.
+        """
         queues, rows, length, _ = self.noise.shape
         hidden, like = self._read(merge(self.tokens[:, :1]), merge(self.mask[:, :1]))
 
-        def empty(cache: Cache) -> Cache:
-            def zeros(x: Array) -> Array:
-                return jnp.zeros((queues * self.slots, *x.shape[1:]), x.dtype) if x.ndim else x
+        def empty(x: Array) -> Array:
+            return jnp.zeros((queues * self.slots, *x.shape[1:]), x.dtype) if x.ndim else x
 
-            return jax.tree.map(zeros, cache)
-
+        cache = jax.tree.map(empty, like)
         zeros, none = jnp.zeros((queues, self.slots), jnp.int32), jnp.zeros(queues, jnp.int32)
-        ahead = _Ahead(empty(like), zeros, zeros > 0, none)
+        ahead = _Ahead(cache, zeros, zeros > 0, none)
         return _Slots(
-            cache=empty(self.with_room(like)), tokens=zeros, sequences=zeros, t=zeros,
+            cache=cache, tokens=zeros, sequences=zeros, t=zeros,
             active=zeros > 0, taken=none, steps=jnp.zeros((), jnp.int32), ahead=ahead,
             written=blank((queues, rows, length), hidden.dtype, self.config.pad_token_id),
         )  # fmt: skip
@@ -318,7 +319,7 @@ class _Queue:
         return sorted({max(1, self.slots // n) for n in _DRAINS}, reverse=True)
 
     def with_room(self, cache: Cache) -> Cache:
-        """What `_read` gave, or the running cache that is full, with room for `room` steps."""
+        """What `_read` gave, or the running cache, with room for `room` decode steps."""
         if self.grow is None:
             return cache
         return self.grow(cache, self.tokens.shape[2] + self.room)
