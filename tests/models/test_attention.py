@@ -1,6 +1,7 @@
 """Attention's own backward pass, and what a layer may keep for it."""
 
 import re
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ def test_a_derivative_of_the_gradient_exists(float64):
     np.testing.assert_allclose(derivative(attend), derivative(formula), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("slots", [1, 48, 97, 203])
+@pytest.mark.parametrize("slots", [1, 48, 97, 203, 1025])
 def test_blocks_of_queries_equal_attention_over_the_whole_square(float64, slots):
     rng = np.random.default_rng(slots)
     query = jnp.asarray(rng.standard_normal((ROWS, KV_HEADS, GROUP, slots, HEAD)))
@@ -87,12 +88,16 @@ def test_blocks_of_queries_equal_attention_over_the_whole_square(float64, slots)
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
 
 
-def test_the_part_that_no_query_sees_is_not_computed():
-    """Four blocks of a quarter each: (1 + 2 + 3 + 4) / 16 of the logits of the square."""
-    heads, slots = jnp.zeros((2, 2, 1, 256, HEAD)), jnp.zeros((2, 2, 256, HEAD))
-    text = jax.jit(attend_causally).lower(heads, slots, slots, jnp.ones((2, 256), bool)).as_text()
-    products = re.findall(r"dot_general.*-> tensor<2x2x(\d+)x64xf32>", text)
-    assert sorted(int(n) for n in products if int(n) != HEAD) == [64, 128, 192, 256]
+@pytest.mark.parametrize("slots, blocks", [(95, 1), (256, 4), (1016, 7), (4096, 8)])
+def test_the_part_that_no_query_sees_is_not_computed(slots, blocks):
+    """Of four blocks (1 + 2 + 3 + 4) / 16 of the logits of the square, of eight 9 / 16."""
+    shapes = (2, 2, 1, slots, HEAD), (2, 2, slots, HEAD), (2, 2, slots, HEAD)
+    arrays = (*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),)
+    text = jax.jit(attend_causally).lower(*arrays, jnp.ones((2, slots), bool)).as_text()
+    products = re.findall(r"dot_general.*-> tensor<2x2x(\d+)x(\d+)xf32>", text)
+    bounds = [slots * n // blocks for n in range(blocks + 1)]
+    want = [(end, end - start) for start, end in pairwise(bounds)]
+    assert [(int(k), int(q)) for k, q in products if HEAD not in (int(k), int(q))] == want
 
 
 @pytest.mark.parametrize(
