@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import TypeAlias
 
 import equinox as eqx
 import jax
@@ -12,38 +11,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .config import GenerationConfig
+from .decode import Draw, Read, Written, blank, rooms_of_loops
 from .models.base import Cache, Decoder
-from .ops.masked import wider_type
 from .ops.parts import merge, put, put_rows, split, take, take_rows
 from .types import Prompts
-
-Read: TypeAlias = Callable[..., tuple[Float[Array, "B D"], Cache]]
-"""(tokens [n, P], mask [n, P]) -> what predicts the first token of n * G rows, and their cache.
-
-It has room for T - 1 decode steps, or for as many as a third argument says."""
-
-Drawn: TypeAlias = tuple[
-    Int[Array, " B"], Float[Array, " B"], Float[Array, " B"], Bool[Array, " B"]
-]
-"""Tokens, log-probabilities under the policy and under what was sampled from, which are an EOS."""
-
-Draw: TypeAlias = Callable[..., Drawn]
-"""(hidden [B, D], noise [B, 2], t [B] or rank 0) -> what was drawn as token t of each row."""
-
-Written: TypeAlias = tuple[Array, ...]
-"""Tokens, mask and both log-probabilities of responses, [..., T] each."""
 
 _REFILLS = 8
 """Slots over those of a refill: fewer refills keep more slots waiting, more move few rows."""
 
 _DRAINS = 2, 4
 """Slots over those that the last sequences are decoded in, as they become fewer."""
-
-_LOOPS = 4
-"""For a cache that grows: more loops read fewer empty slots, and take longer to compile."""
-
-_LEAST_STEPS = 64
-"""Decode steps: a shorter loop of its own saves less than it takes to compile."""
 
 
 def decode_queue(
@@ -105,37 +82,9 @@ def decode_queue(
     return jax.tree.map(merge, state.written)
 
 
-def rooms_of_loops(length: int, growing: bool) -> list[int]:
-    """Decode steps that the cache has room for in each of the loops, one after the other.
-
-    Args:
-        length: T; the first token comes from the prefill, and the last one is never read.
-        growing: whether the cache can be given more room.
-    """
-    loops = min(_LOOPS, max(1, length // _LEAST_STEPS)) if growing else 1
-    return [(length - 1) * n // loops for n in range(1, loops + 1)]
-
-
 def refill_size(slots: int) -> int:
     """Sequences that are moved into `slots` slots together."""
     return max(1, slots // _REFILLS)
-
-
-def blank(shape: tuple[int, ...], dtype: jnp.dtype, pad_token_id: int) -> Written:
-    """Responses of which nothing is written.
-
-    Args:
-        shape: of each array; the last axis is T.
-        dtype: of the log-probabilities, at least float32.
-        pad_token_id: what the tokens hold.
-    """
-    dtype = wider_type(dtype, jnp.float32)
-    return (
-        jnp.full(shape, pad_token_id, jnp.int32),
-        jnp.zeros(shape, bool),
-        jnp.zeros(shape, dtype),
-        jnp.zeros(shape, dtype),
-    )
 
 
 class _Ahead(eqx.Module):

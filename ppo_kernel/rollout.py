@@ -1,15 +1,13 @@
 """Stage 1: prompts -> rollout. A batched prefill, then a compiled decode-and-sample loop."""
 
-from collections.abc import Callable
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from .config import GenerationConfig
-from .continuous import Draw, Drawn, Read, Written, blank, decode_queue, rooms_of_loops
-from .models.base import Cache, Decoder, DecodingPolicy, GrowingPolicy, Policy
+from .continuous import decode_queue
+from .decode import Drawn, decode_batch
+from .models.base import Cache, DecodingPolicy, GrowingPolicy, Policy
 from .ops.logprobs import token_logprobs
 from .ops.masked import at_least_float32
 from .ops.sampling import ban_tokens, restrict_logits, sample_tokens, sampling_noise
@@ -80,7 +78,7 @@ def generate(
     parts = (read, draw, policy.decoder(), prompts, noise)
     grow = policy.grow if isinstance(policy, GrowingPolicy) else None
     if config.decode_slots is None or config.decode_slots >= rows:
-        written = _decode(*parts, config=config, grow=grow)
+        written = decode_batch(*parts, config=config, grow=grow)
     else:
         written = decode_queue(*parts, config=config, grow=grow, queues=queues)
     tokens, mask, logprobs, behaviour_logprobs = written
@@ -115,59 +113,6 @@ def _sample(
     tokens, behaviour = sample_tokens(allowed, noise)
     logprobs = behaviour if allowed is logits else token_logprobs(logits, tokens)
     return tokens, logprobs, behaviour, _is_eos(tokens, config.eos_token_ids)
-
-
-def _decode(
-    read: Read,
-    draw: Draw,
-    step: Decoder,
-    prompts: Prompts,
-    noise: Float[Array, "B T 2"],
-    *,
-    config: GenerationConfig,
-    grow: Callable[[Cache, int], Cache] | None,
-) -> Written:
-    """Draw and step the whole batch until every row has ended.
-
-    The first token comes from the prefill, and the last one is never read. With `grow` long
-    responses are decoded in up to four loops, each with a cache that has room up to its own end,
-    so that attention reads few slots that are not written yet.
-    """
-    rows, length, _ = noise.shape
-    ends = rooms_of_loops(length, growing=grow is not None)
-
-    def write(hidden, t, done, written):
-        tokens, logprobs, behaviour, is_eos = draw(hidden, noise[:, t], t)
-        entry = (tokens, ~done, logprobs, behaviour)
-        empties = (config.pad_token_id, False, 0.0, 0.0)
-        written = tuple(
-            buffer.at[:, t].set(jnp.where(done, jnp.asarray(empty, buffer.dtype), value))
-            for buffer, value, empty in zip(written, entry, empties, strict=True)
-        )
-        return tokens, done | is_eos, written
-
-    def one_token(carry):
-        t, tokens, cache, done, written = carry
-        hidden, cache = step(tokens, cache)
-        tokens, done, written = write(hidden, t, done, written)
-        return t + 1, tokens, cache, done, written
-
-    def unfinished(carry, end: int):
-        t, _, _, done, _ = carry
-        return (t <= end) & ~jnp.all(done)
-
-    hidden, cache = read(prompts.tokens, prompts.mask, ends[0])
-    written = blank((rows, length), hidden.dtype, config.pad_token_id)
-    first = write(hidden, jnp.zeros((), jnp.int32), jnp.zeros(rows, bool), written)
-    tokens, done, written = first
-    t = jnp.ones((), jnp.int32)
-    for index, end in enumerate(ends):
-        if grow is not None and index:
-            cache = grow(cache, prompts.tokens.shape[1] + end)
-        t, tokens, cache, done, written = jax.lax.while_loop(
-            partial(unfinished, end=end), one_token, (t, tokens, cache, done, written)
-        )
-    return written
 
 
 def _repeat(cache: Cache, samples: int) -> Cache:

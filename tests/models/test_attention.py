@@ -88,7 +88,7 @@ def test_blocks_of_queries_equal_attention_over_the_whole_square(float64, slots)
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("slots, blocks", [(95, 1), (256, 4), (1016, 7), (4096, 8)])
+@pytest.mark.parametrize(("slots", "blocks"), [(95, 1), (256, 4), (1016, 7), (4096, 8)])
 def test_the_part_that_no_query_sees_is_not_computed(slots, blocks):
     """Of four blocks (1 + 2 + 3 + 4) / 16 of the logits of the square, of eight 9 / 16."""
     shapes = (2, 2, 1, slots, HEAD), (2, 2, slots, HEAD), (2, 2, slots, HEAD)

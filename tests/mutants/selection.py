@@ -22,6 +22,17 @@ UPDATE = (
     r"test_edge_programs\.py::test_bfloat16",
     r"test_program\.py::test_the_state_is_donated",
 )
+
+ROLLOUT = (
+    r"test_rollout_reference\.py",
+    r"test_laws\.py::test_law_[24].*\[(tied|recurrent)\]",
+    r"test_program\.py::test_generation_stops",
+    r"test_laws\.py::test_law_1_unchanged_parameters_have_no_kl\[(all|plain)-rollout\]",
+    r"test_edge_programs\.py::test_(an_eos|a_ban|a_pad_id|a_vocabulary_of_one)",
+    r"test_continuous\.py::test_slots_for_every",
+    r"test_growing_cache\.py",
+)
+
 CHECKS = {
     "ops/kl.py": (r"ops/test_kl\.py", twins("clamp", "is_clamped", "k1", "k2", "k3")),
     "ops/logprobs.py": (
@@ -45,13 +56,10 @@ CHECKS = {
     "update.py": UPDATE,
     "gradients.py": UPDATE,
     "learner.py": UPDATE,
-    "rollout.py": (
-        r"test_rollout_reference\.py",
-        r"test_laws\.py::test_law_[24].*\[(tied|recurrent)\]",
-        r"test_program\.py::test_generation_stops",
-        r"test_laws\.py::test_law_1_unchanged_parameters_have_no_kl\[(all|plain)-rollout\]",
-        r"test_edge_programs\.py::test_(an_eos|a_ban|a_pad_id|a_vocabulary_of_one)",
-        r"test_continuous\.py::test_slots_for_every",
+    "decode.py": ROLLOUT,
+    "rollout.py": ROLLOUT,
+    "continuous.py": (
+        r"test_continuous\.py",
         r"test_growing_cache\.py",
     ),
     "scoring.py": (
