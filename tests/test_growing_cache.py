@@ -1,5 +1,8 @@
 """Long responses are decoded in a few loops, whose cache grows: less to read, the same tokens."""
 
+from collections import Counter
+from functools import partial
+
 import equinox as eqx
 import jax
 import numpy as np
@@ -80,6 +83,35 @@ def test_each_loop_has_room_up_to_its_own_end(length, steps, slots, monkeypatch)
     )  # fmt: skip
     width = batch.tokens.shape[1]
     assert list(dict.fromkeys(capacities)) == [-(-(width + end) // 16) * 16 for end in steps]
+
+
+@pytest.mark.parametrize("slots", [None, 2])
+def test_each_loop_runs_to_its_own_end(slots, monkeypatch):
+    """No step is left to a larger cache, and none is taken that the cache has no room for."""
+    ran = Counter()
+    decoder = LanguageModel.decoder
+
+    def counted(self):
+        step = decoder(self)
+
+        def noted(tokens, cache):
+            jax.debug.callback(partial(ran.update, [cache.mask.shape[1]]))
+            return step(tokens, cache)
+
+        return noted
+
+    monkeypatch.setattr(LanguageModel, "decoder", counted)
+    config = tiny.generation(max_new_tokens=LENGTH, decode_slots=slots, eos_token_ids=())
+    batch = tiny.prompts((3, 1, 4))
+    jax.block_until_ready(
+        jax.jit(lambda policy, key: generate(policy, batch, key, config=config))(
+            tiny.language_model(), jax.random.key(0)
+        )
+    )
+    jax.effects_barrier()
+    steps = [count for _, count in sorted(ran.items())]
+    assert steps[:3] == [64, 65, 64]
+    assert steps[3:] == [65 if slots is None else 2 * (LENGTH - 1) - 193]
 
 
 def test_a_cache_does_not_shrink():
