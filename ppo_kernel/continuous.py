@@ -32,7 +32,7 @@ def decode_queue(
     *,
     config: GenerationConfig,
     grow: Callable[[Cache, int], Cache] | None,
-    queues: int = 1,
+    queues: int,
 ) -> Written:
     """Draw and step C sequences at a time until all B have ended.
 
@@ -152,10 +152,11 @@ class _Queue:
 
         cache = jax.tree.map(empty, like)
         zeros, none = jnp.zeros((queues, self.slots), jnp.int32), jnp.zeros(queues, jnp.int32)
-        ahead = _Ahead(cache, zeros, zeros > 0, none)
+        inactive = jnp.zeros((queues, self.slots), bool)
+        ahead = _Ahead(cache, zeros, inactive, none)
         return _Slots(
             cache=cache, tokens=zeros, sequences=zeros, t=zeros,
-            active=zeros > 0, taken=none, steps=jnp.zeros((), jnp.int32), ahead=ahead,
+            active=inactive, taken=none, steps=jnp.zeros((), jnp.int32), ahead=ahead,
             written=blank((queues, rows, length), hidden.dtype, self.config.pad_token_id),
         )  # fmt: skip
 

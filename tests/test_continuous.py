@@ -125,16 +125,18 @@ def rows_of_steps(lengths, slots, refill, widths):
 
 
 @pytest.mark.parametrize(
-    ("slots", "refill", "widths"), [(1, 1, {1}), (5, 1, {1, 2}), (16, 2, {4, 8})]
+    ("slots", "refill", "widths", "length"),
+    [(1, 1, {1}, 30), (5, 1, {1, 2}, 30), (16, 2, {4, 8}, 30), (5, 1, {1, 2}, 7)],
 )
-def test_every_sequence_is_decoded_once_and_no_slot_waits(slots, refill, widths):
+def test_every_sequence_is_decoded_once_and_no_slot_waits(slots, refill, widths, length):
     assert refill_size(slots) == refill
     STEPS.clear()
-    config = GenerationConfig(max_new_tokens=30, eos_token_ids=(1, 2, 3), decode_slots=slots)
+    config = GenerationConfig(max_new_tokens=length, eos_token_ids=(1, 2, 3), decode_slots=slots)
     policy, batch = CountingPolicy(KEY), tiny.prompts(LENGTHS)
     rollout = GENERATE(policy, batch, KEY, config=config)
     jax.effects_barrier()
     assert len(set(rollout.lengths.tolist())) > 3
+    assert (~rollout.terminated).any() == (length == 7)
     expected = rows_of_steps(rollout.lengths.tolist(), slots, refill, widths)
     assert set(expected) == {slots} | widths
     assert expected == STEPS
