@@ -20,6 +20,7 @@ from bench.sizes import parse_size
 
 DRIVERS = {
     "ours": ("bench.peers.ours", "own"),
+    "rollouts": ("bench.peers.ours", "own"),
     "steps": ("bench.peers.ours", "own"),
     "tunix": ("bench.peers.tunix_step", "tunix"),
     "trl": ("bench.peers.trl_step", "trl"),
@@ -28,9 +29,12 @@ DRIVERS = {
 """Name -> module of its driver, and which interpreter runs it."""
 
 TITLES = {
-    "ours": "ppo_kernel", "steps": "ppo_kernel, one call a turn", "tunix": "Tunix",
-    "trl": "TRL", "hf": "transformers generate",
+    "ours": "ppo_kernel", "rollouts": "ppo_kernel, rollouts", "tunix": "Tunix", "trl": "TRL",
+    "steps": "ppo_kernel, one call a turn", "hf": "transformers generate",
 }  # fmt: skip
+THEIRS = ("tunix", "trl", "hf", "steps")
+"""What may run beside ours."""
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -43,6 +47,7 @@ class Peer:
         self.name, self.rounds, self.warmups, self.error = name, [], [], None
         self.log = open(flags.logs / f"{name}.log", "w")  # noqa: SIM115 (closed with the process)
         command = [python[interpreter], "-m", module, "--shape", flags.shape]
+        command += ["--rollouts"] if name == "rollouts" else []
         self.calls = flags.steps_a_turn
         if name == "steps":
             self.calls = 2
@@ -95,7 +100,7 @@ class Peer:
 
 def measure(flags: argparse.Namespace) -> list[Peer]:
     """All peers warm up, then take turns; with `--one-at-a-time` each runs to its end alone."""
-    names = ["ours", *flags.peers]
+    names = ["ours", "rollouts", *flags.peers]
     if flags.one_at_a_time:
         return [_alone(name, flags) for name in names]
     peers = []
@@ -125,7 +130,7 @@ def _alone(name: str, flags: argparse.Namespace) -> Peer:
 
 def print_table(peers: list[Peer], flags: argparse.Namespace) -> None:
     """Medians, and each peer's as a multiple of ours: above 1 means ours is faster."""
-    size, ours = parse_size(flags.shape), peers[0]
+    size, (ours, rollouts) = parse_size(flags.shape), peers[:2]
     tokens = size.batch * size.response
     table = Table(title=f"{flags.shape}, float32, medians, {flags.rounds} turns of each")
     for column in ("", "PPO step", "x ours", "rollout tokens/s", "ours x", "update", "warm-up"):
@@ -142,7 +147,7 @@ def print_table(peers: list[Peer], flags: argparse.Namespace) -> None:
             _cell(step, "{:.3f} s"),
             _ratio(step, ours.median("step_s")),
             _cell(rollout and tokens / rollout, "{:,.1f}"),
-            _ratio(rollout, ours.median("rollout_s")),
+            _ratio(rollout, rollouts.median("rollout_s")),
             _cell(update, "{:.3f} s"),
             f"{warmup:.1f} s",
             f"{max(answer['peak_mb'] for answer in peer.rounds):,} MB",
@@ -167,7 +172,7 @@ def main() -> None:
     """Parse the flags, measure, print, and write every round to a file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="TINY", help="TINY, SMALL, QWEN05, or with changes")
-    parser.add_argument("--peers", nargs="*", default=["tunix", "trl", "hf"], choices=DRIVERS)
+    parser.add_argument("--peers", nargs="*", default=["tunix", "trl", "hf"], choices=THEIRS)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     parser.add_argument("--steps-a-turn", type=int, default=3, help="the first is not counted")
     parser.add_argument("--warmup", type=int, default=2)

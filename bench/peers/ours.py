@@ -1,4 +1,4 @@
-"""ppo_kernel: the whole step as one program, and the rollout by itself.
+"""ppo_kernel: the whole step as one program; with `--rollouts` the rollout, and nothing else.
 
 With `--steps-a-call 4` a round is four steps in one program; what it reports is for one of them.
 """
@@ -10,8 +10,9 @@ from functools import partial
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
-from bench.cases import build, even_fraction
+from bench.cases import Case, build, even_fraction
 from bench.peers.common import Rounds, flags, prompt_ids
 from bench.sizes import Size
 from ppo_kernel.iteration import compile_iteration
@@ -26,30 +27,48 @@ def timed(call):
     return result, time.perf_counter() - start
 
 
-def main(size: Size, warmup: int, rounds: int, steps: int) -> None:
-    """Warm up, then one rollout and one call a round; the state goes on from call to call."""
+def step_by_step(size: Size, warmup: int, rounds: int, steps: int) -> None:
+    """One call a round; the state goes on from call to call."""
     case = build(size)
     compiled = compile_iteration(config=case.config)
-    sample = eqx.filter_jit(lambda *a: generate(*a, config=case.config.generation).tokens)
     ids = prompt_ids(size, (warmup + rounds) * steps)
     turns, state = Rounds(warmup), case.state
     for tokens in jnp.asarray(ids).reshape(-1, steps, *ids.shape[1:]):
-        sample_ids = jnp.broadcast_to(case.prompts.sample_ids, tokens.shape[:2])
-        batches = Prompts(tokens, jnp.ones_like(tokens, bool), sample_ids)
-        first = jax.tree.map(lambda x: x[0], batches)
+        batches = as_prompts(tokens, case)
         inputs = (case.hyperparams, even_fraction)
         turns.begin()
-        _, rollout_s = timed(lambda p=first: sample(case.reference, p, jax.random.key(0)))
         if steps == 1:
+            first = jax.tree.map(lambda x: x[0], batches)
             call = partial(compiled.step, state, case.reference, first, *inputs)
         else:
             call = partial(compiled.steps, state, case.reference, batches, *inputs)
         (state, _), seconds = timed(call)
-        turns.end(step_s=seconds / steps, rollout_s=rollout_s, call_s=seconds)
+        turns.end(step_s=seconds / steps, call_s=seconds)
+
+
+def rollouts(size: Size, warmup: int, rounds: int) -> None:
+    """One rollout a round."""
+    case, turns = build(size), Rounds(warmup)
+    sample = eqx.filter_jit(lambda *a: generate(*a, config=case.config.generation).tokens)
+    for tokens in jnp.asarray(prompt_ids(size, warmup + rounds)):
+        prompts = as_prompts(tokens, case)
+        turns.begin()
+        _, seconds = timed(partial(sample, case.reference, prompts, jax.random.key(0)))
+        turns.end(rollout_s=seconds)
+
+
+def as_prompts(tokens: Int[Array, "*steps N P"], case: Case) -> Prompts:
+    """Batches of full prompts, with the sample ids of the case in each."""
+    sample_ids = jnp.broadcast_to(case.prompts.sample_ids, tokens.shape[:-1])
+    return Prompts(tokens, jnp.ones_like(tokens, bool), sample_ids)
 
 
 if __name__ == "__main__":
     extra = argparse.ArgumentParser(add_help=False)
     extra.add_argument("--steps-a-call", type=int, default=1)
+    extra.add_argument("--rollouts", action="store_true")
     parsed = flags(extra)
-    main(parsed.size, parsed.warmup, parsed.rounds, parsed.steps_a_call)
+    if parsed.rollouts:
+        rollouts(parsed.size, parsed.warmup, parsed.rounds)
+    else:
+        step_by_step(parsed.size, parsed.warmup, parsed.rounds, parsed.steps_a_call)
