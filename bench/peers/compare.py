@@ -47,8 +47,11 @@ class Peer:
         self.name, self.rounds, self.warmups, self.error = name, [], [], None
         self.log = open(flags.logs / f"{name}.log", "w")  # noqa: SIM115 (closed with the process)
         command = [python[interpreter], "-m", module, "--shape", flags.shape]
-        command += ["--rollouts"] if name == "rollouts" else []
-        self.calls = flags.steps_a_turn
+        self.calls, self.cold = flags.steps_a_turn, 1
+        if name == "rollouts":
+            # The first of a turn find cold caches for longer than one short call takes.
+            self.calls, self.cold = 4 * flags.steps_a_turn, flags.steps_a_turn
+            command += ["--rollouts"]
         if name == "steps":
             self.calls = 2
             command += ["--steps-a-call", str(flags.steps_a_turn)]
@@ -64,14 +67,14 @@ class Peer:
         self.warmups = [answer for _ in range(count) if (answer := self._answer())]
 
     def take_turn(self) -> None:
-        """Calls one after the other; the first of several finds cold caches and is not counted."""
+        """Calls one after the other; the first `cold` of several are not counted."""
         for call in range(self.calls):
             if self.error:
                 return
             self.process.stdin.write("go\n")
             self.process.stdin.flush()
             answer = self._answer()
-            if answer and call >= min(1, self.calls - 1):
+            if answer and call >= min(self.cold, self.calls - 1):
                 self.rounds.append(answer)
 
     def close(self) -> None:
