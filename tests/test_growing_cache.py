@@ -50,6 +50,22 @@ def test_a_growing_cache_changes_nothing(float64, settings, least, most):
     assert least <= int(got.lengths.max()) <= most
 
 
+def watch(monkeypatch, see):
+    """`see` is called with the slots of the cache wherever a decode step is traced."""
+    decoder = LanguageModel.decoder
+
+    def watched(self):
+        step = decoder(self)
+
+        def seen(tokens, cache):
+            see(cache.mask.shape[1])
+            return step(tokens, cache)
+
+        return seen
+
+    monkeypatch.setattr(LanguageModel, "decoder", watched)
+
+
 @pytest.mark.parametrize(
     ("length", "steps"),
     [
@@ -63,18 +79,7 @@ def test_a_growing_cache_changes_nothing(float64, settings, least, most):
 @pytest.mark.parametrize("slots", [None, 4])
 def test_each_loop_has_room_up_to_its_own_end(length, steps, slots, monkeypatch):
     capacities = []
-    decoder = LanguageModel.decoder
-
-    def watched(self):
-        step = decoder(self)
-
-        def noted(tokens, cache):
-            capacities.append(cache.mask.shape[1])
-            return step(tokens, cache)
-
-        return noted
-
-    monkeypatch.setattr(LanguageModel, "decoder", watched)
+    watch(monkeypatch, capacities.append)
     config = tiny.generation(max_new_tokens=length, decode_slots=slots)
     batch = tiny.prompts()
     jax.eval_shape(
@@ -89,18 +94,7 @@ def test_each_loop_has_room_up_to_its_own_end(length, steps, slots, monkeypatch)
 def test_each_loop_runs_to_its_own_end(slots, monkeypatch):
     """No step is left to a larger cache, and none is taken that the cache has no room for."""
     ran = Counter()
-    decoder = LanguageModel.decoder
-
-    def counted(self):
-        step = decoder(self)
-
-        def noted(tokens, cache):
-            jax.debug.callback(partial(ran.update, [cache.mask.shape[1]]))
-            return step(tokens, cache)
-
-        return noted
-
-    monkeypatch.setattr(LanguageModel, "decoder", counted)
+    watch(monkeypatch, lambda slots: jax.debug.callback(partial(ran.update, [slots])))
     config = tiny.generation(max_new_tokens=LENGTH, decode_slots=slots, eos_token_ids=())
     batch = tiny.prompts((3, 1, 4))
     jax.block_until_ready(

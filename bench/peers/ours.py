@@ -32,16 +32,13 @@ def step_by_step(size: Size, warmup: int, rounds: int, steps: int) -> None:
     case = build(size)
     compiled = compile_iteration(config=case.config)
     ids = prompt_ids(size, (warmup + rounds) * steps)
+    run = compiled.step if steps == 1 else compiled.steps
+    batches = ids if steps == 1 else ids.reshape(-1, steps, *ids.shape[1:])
     turns, state = Rounds(warmup), case.state
-    for tokens in jnp.asarray(ids).reshape(-1, steps, *ids.shape[1:]):
-        batches = as_prompts(tokens, case)
-        inputs = (case.hyperparams, even_fraction)
+    for tokens in jnp.asarray(batches):
+        prompts = as_prompts(tokens, case)
         turns.begin()
-        if steps == 1:
-            first = jax.tree.map(lambda x: x[0], batches)
-            call = partial(compiled.step, state, case.reference, first, *inputs)
-        else:
-            call = partial(compiled.steps, state, case.reference, batches, *inputs)
+        call = partial(run, state, case.reference, prompts, case.hyperparams, even_fraction)
         (state, _), seconds = timed(call)
         turns.end(step_s=seconds / steps, call_s=seconds)
 
