@@ -13,6 +13,7 @@ from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
 from ppo_kernel.learner import Learner, TrainState
 from ppo_kernel.models import LanguageModel, Transformer, TransformerConfig, ValueModel
 from ppo_kernel.models.attention import attend_causally
+from ppo_kernel.models.transformer import KEEP_PROJECTIONS
 from ppo_kernel.sharding import make_mesh, place
 from ppo_kernel.types import Prompts, Rollout
 
@@ -69,12 +70,14 @@ def even_fraction(rollout: Rollout):
 
 
 def _model_config(size: Size, dtype: str, attention: Callable) -> TransformerConfig:
+    # Computing anything again gains small models nothing: their activations lie in the caches.
+    remat = None if size.policy_parameters < 10**7 else KEEP_PROJECTIONS
     return TransformerConfig(
         vocab_size=size.vocab, hidden_size=size.width, intermediate_size=size.mlp,
         num_layers=size.layers, num_heads=size.heads, num_kv_heads=size.kv_heads,
         head_dim=size.head_dim, rope_theta=1e6, qkv_bias=True, tie_embeddings=size.tied,
         param_dtype=dtype, compute_dtype=dtype, cache_dtype=dtype,
-        unroll=8 if size.layers <= 8 else 1, attention=attention,
+        unroll=8 if size.layers <= 8 else 1, remat=remat, attention=attention,
     )  # fmt: skip
 
 
