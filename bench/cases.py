@@ -48,7 +48,7 @@ def build(
         attention: of `TransformerConfig`.
     """
     mesh = None if devices is None else make_mesh(devices)
-    model = _model_config(size, dtype, attention)
+    model = model_config(size, dtype, attention)
     reference = _filled(LanguageModel.init, model, seed=0)
     critic = ValueModel.on(_filled(Transformer.init, model, seed=1))
     hyperparams = Hyperparams(kl_coef=0.1)
@@ -60,7 +60,7 @@ def build(
         hyperparams=place(hyperparams, mesh, "parameter"),
         reference=place(reference, mesh, "parameter"),
         state=place(state, mesh, "parameter"),
-        prompts=place(_prompts(size), mesh, "batch"),
+        prompts=place(random_prompts(size), mesh, "batch"),
     )
 
 
@@ -69,7 +69,10 @@ def even_fraction(rollout: Rollout):
     return jnp.mean((rollout.tokens % 2 == 0).astype(jnp.float32), axis=1)
 
 
-def _model_config(size: Size, dtype: str, attention: Callable) -> TransformerConfig:
+def model_config(
+    size: Size, dtype: str, attention: Callable = attend_causally
+) -> TransformerConfig:
+    """Of policy, reference and critic; arguments as in `build`."""
     # Computing anything again gains small models nothing: their activations lie in the caches.
     remat = None if size.policy_parameters < 10**7 else KEEP_PROJECTIONS
     return TransformerConfig(
@@ -100,7 +103,8 @@ def _filled(init, model: TransformerConfig, seed: int):
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-def _prompts(size: Size) -> Prompts:
+def random_prompts(size: Size) -> Prompts:
+    """Full prompts, numbered from 0."""
     shape = (size.batch, size.prompt)
     tokens = np.random.default_rng(2).integers(2, size.vocab, shape, dtype=np.int32)
     return Prompts(jnp.asarray(tokens), jnp.ones(shape, bool), jnp.arange(size.batch))
