@@ -108,6 +108,21 @@ def test_each_loop_runs_to_its_own_end(slots, monkeypatch):
     assert steps[3:] == [65 if slots is None else 2 * (LENGTH - 1) - 193]
 
 
+@pytest.mark.parametrize("slots", [None, 4])
+def test_a_cache_that_does_not_grow_has_room_for_every_step(slots, monkeypatch):
+    """All tokens but the last are written: here one more than 16 slots hold."""
+    capacities = []
+    watch(monkeypatch, capacities.append)
+    batch = tiny.prompts()
+    length = 16 + 2 - batch.tokens.shape[1]
+    config = tiny.generation(max_new_tokens=length, decode_slots=slots)
+    jax.eval_shape(
+        lambda model, key: generate(BanningPolicy(model), batch, key, config=config),
+        tiny.language_model(), jax.random.key(0),
+    )  # fmt: skip
+    assert set(capacities) == {32}
+
+
 def test_a_cache_does_not_shrink():
     batch = tiny.prompts()
     _, cache = tiny.language_model().prefill(batch.tokens, batch.mask, 17)
