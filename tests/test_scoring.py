@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cache
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import jax
@@ -13,7 +14,14 @@ from hypothesis import Phase, given, settings
 from oracle import assert_near, model_to_reference, to_reference
 
 import reference.scoring
-from ppo_kernel.scoring import ModelReward, full_sequences, response_logprobs, score
+from ppo_kernel.models import LanguageModel
+from ppo_kernel.scoring import (
+    ModelReward,
+    full_sequences,
+    response_hidden,
+    response_logprobs,
+    score,
+)
 
 SHAPE = (3, 4)
 CRITICS = {"separate": {"num_layers": 1}, "shared": None}
@@ -88,6 +96,25 @@ def test_full_sequences_end_with_the_response(float64):
     np.testing.assert_array_equal(tokens[:, width:], rollout.tokens)
     np.testing.assert_array_equal(valid[:, :width], rollout.prompt_mask)
     np.testing.assert_array_equal(valid[:, width:], np.tri(5, 4, -1, dtype=bool)[lengths])
+
+
+def test_only_the_slots_that_are_read_are_asked_for(float64, monkeypatch):
+    """T + 1 from the last slot of the prompts on; a model that cannot be asked gives them too."""
+    policy, _, _, rollout = draw("separate", 3)
+    asked, from_slot = [], LanguageModel.from_slot
+
+    def watched(self, tokens, mask, start):
+        asked.append(start)
+        return from_slot(self, tokens, mask, start)
+
+    monkeypatch.setattr(LanguageModel, "from_slot", watched)
+    hidden = response_hidden(policy, rollout)
+    assert asked == [rollout.prompt_tokens.shape[1] - 1]
+    rows, length = rollout.tokens.shape
+    assert hidden.shape[:2] == (rows, length + 1)
+    members = ("hidden", "unembed", "prefill", "decoder")
+    plain = SimpleNamespace(**{name: getattr(policy, name) for name in members})
+    np.testing.assert_allclose(response_hidden(plain, rollout), hidden, rtol=0, atol=1e-12)
 
 
 def test_a_hole_in_the_loss_mask_is_still_read(float64):
