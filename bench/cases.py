@@ -48,20 +48,32 @@ def build(
         attention: of `TransformerConfig`.
     """
     mesh = None if devices is None else make_mesh(devices)
-    model = model_config(size, dtype, attention)
-    reference = _filled(LanguageModel.init, model, seed=0)
-    critic = ValueModel.on(_filled(Transformer.init, model, seed=1))
-    hyperparams = Hyperparams(kl_coef=0.1)
+    reference = random_policy(size, dtype, attention)
+    critic = ValueModel.on(_filled(Transformer.init, model_config(size, dtype, attention), seed=1))
+    config, hyperparams = settings(size)
     state = Learner().init(reference, critic, jax.random.key(3), hyperparams)
     return Case(
         size=size,
         mesh=mesh,
-        config=IterationConfig(GenerationConfig(size.response), num_epochs=size.epochs),
+        config=config,
         hyperparams=place(hyperparams, mesh, "parameter"),
         reference=place(reference, mesh, "parameter"),
         state=place(state, mesh, "parameter"),
         prompts=place(random_prompts(size), mesh, "batch"),
     )
+
+
+def random_policy(
+    size: Size, dtype: str = "float32", attention: Callable = attend_causally
+) -> LanguageModel:
+    """The policy and reference of `build`, by itself."""
+    return _filled(LanguageModel.init, model_config(size, dtype, attention), seed=0)
+
+
+def settings(size: Size) -> tuple[IterationConfig, Hyperparams]:
+    """One minibatch an epoch, and a KL penalty, as the peers have them."""
+    config = IterationConfig(GenerationConfig(size.response), num_epochs=size.epochs)
+    return config, Hyperparams(kl_coef=0.1)
 
 
 def even_fraction(rollout: Rollout):

@@ -17,13 +17,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
 from ppo_kernel.iteration import compiler_options, ppo_iteration
 from ppo_kernel.learner import Learner
 from ppo_kernel.models import LanguageModel, Transformer, ValueModel
 from ppo_kernel.sharding import named_sharding, pin_parameters
 
-from .cases import even_fraction, model_config, random_prompts
+from .cases import even_fraction, model_config, random_prompts, settings
 from .sizes import Size, parse_size
 
 
@@ -51,11 +50,20 @@ def main() -> None:
 
 
 def compile_for(mesh: Mesh, size: Size, dtype: str) -> jax.stages.Compiled:
-    """The whole iteration for the devices of a mesh, from shapes alone: no array is made."""
-    config = IterationConfig(GenerationConfig(size.response), num_epochs=size.epochs)
-    state, *rest = eqx.filter_eval_shape(_arguments, size, dtype)
-    parts = [_on(mesh, x, axis) for x, axis in zip(rest, _AXES, strict=True)]
-    arrays, static = eqx.partition([_on(mesh, state, "parameter"), *parts], _is_shape)
+    """The whole iteration for the devices of a mesh, from shapes alone: no array is made.
+
+    Raises:
+        ValueError: the batch does not divide over the devices.
+    """
+    if size.batch % mesh.size:
+        raise ValueError(
+            f"a batch of {size.batch} does not divide over {mesh.size} devices; "
+            f"pass a multiple in --shape, such as batch={4 * mesh.size}."
+        )
+    shapes = eqx.filter_eval_shape(_arguments, size, dtype)
+    arguments = [_on(mesh, x, axis) for x, axis in zip(shapes, _AXES, strict=True)]
+    (state, *others), static = eqx.partition(arguments, _is_shape)
+    config, _ = settings(size)
 
     def iterate(state, others):
         arguments = eqx.combine([state, *others], static)
@@ -63,10 +71,7 @@ def compile_for(mesh: Mesh, size: Size, dtype: str) -> jax.stages.Compiled:
         return eqx.filter(pin_parameters(mesh)(state), eqx.is_array), metrics
 
     jit = jax.jit(iterate, donate_argnums=0, compiler_options=compiler_options(mesh))
-    return jit.lower(arrays[0], arrays[1:]).compile()
-
-
-_AXES = ("parameter", "batch", "parameter")
+    return jit.lower(state, others).compile()
 
 
 def _arguments(size: Size, dtype: str):
@@ -74,9 +79,13 @@ def _arguments(size: Size, dtype: str):
     model = model_config(size, dtype)
     reference = LanguageModel.init(jax.random.key(0), model)
     critic = ValueModel.on(Transformer.init(jax.random.key(1), model))
-    hyperparams = Hyperparams(kl_coef=0.1)
+    _, hyperparams = settings(size)
     state = Learner().init(reference, critic, jax.random.key(2), hyperparams)
     return state, reference, random_prompts(size), hyperparams
+
+
+_AXES = ("parameter", "parameter", "batch", "parameter")
+"""By which row of the sharding table each of them lies on the mesh."""
 
 
 def _is_shape(x) -> bool:

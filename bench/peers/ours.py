@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from bench.cases import Case, build, even_fraction
+from bench.cases import build, even_fraction, random_policy, settings
 from bench.peers.common import Rounds, flags, prompt_ids
 from bench.sizes import Size
 from ppo_kernel.iteration import compile_iteration
@@ -36,7 +36,7 @@ def step_by_step(size: Size, warmup: int, rounds: int, steps: int) -> None:
     batches = ids if steps == 1 else ids.reshape(-1, steps, *ids.shape[1:])
     turns, state = Rounds(warmup), case.state
     for tokens in jnp.asarray(batches):
-        prompts = as_prompts(tokens, case)
+        prompts = as_prompts(tokens)
         turns.begin()
         call = partial(run, state, case.reference, prompts, case.hyperparams, even_fraction)
         (state, _), seconds = timed(call)
@@ -44,19 +44,19 @@ def step_by_step(size: Size, warmup: int, rounds: int, steps: int) -> None:
 
 
 def rollouts(size: Size, warmup: int, rounds: int) -> None:
-    """One rollout a round."""
-    case, turns = build(size), Rounds(warmup)
-    sample = eqx.filter_jit(lambda *a: generate(*a, config=case.config.generation).tokens)
+    """One rollout a round; no critic and no moments lie beside the policy."""
+    policy, (config, _), turns = random_policy(size), settings(size), Rounds(warmup)
+    sample = eqx.filter_jit(lambda *a: generate(*a, config=config.generation).tokens)
     for tokens in jnp.asarray(prompt_ids(size, warmup + rounds)):
-        prompts = as_prompts(tokens, case)
+        prompts = as_prompts(tokens)
         turns.begin()
-        _, seconds = timed(partial(sample, case.reference, prompts, jax.random.key(0)))
+        _, seconds = timed(partial(sample, policy, prompts, jax.random.key(0)))
         turns.end(rollout_s=seconds)
 
 
-def as_prompts(tokens: Int[Array, "*steps N P"], case: Case) -> Prompts:
-    """Batches of full prompts, with the sample ids of the case in each."""
-    sample_ids = jnp.broadcast_to(case.prompts.sample_ids, tokens.shape[:-1])
+def as_prompts(tokens: Int[Array, "*steps N P"]) -> Prompts:
+    """Batches of full prompts, those of each numbered from 0."""
+    sample_ids = jnp.broadcast_to(jnp.arange(tokens.shape[-2]), tokens.shape[:-1])
     return Prompts(tokens, jnp.ones_like(tokens, bool), sample_ids)
 
 
