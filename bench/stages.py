@@ -12,7 +12,7 @@ import numpy as np
 from ppo_kernel.iteration import collect, compiler_options, learn, ppo_iteration
 from ppo_kernel.rollout import generate
 from ppo_kernel.scoring import score
-from ppo_kernel.sharding import pin_parameters
+from ppo_kernel.sharding import pin, place
 
 from .cases import Case, even_fraction
 from .recording import memory_mb
@@ -58,11 +58,10 @@ def _stateless(function: Callable, *arguments) -> Stage:
 
 def _learning(function: Callable, case: Case, inputs) -> Stage:
     """(inputs, state) -> (state, metrics), with the state donated and passed on."""
-    pin = pin_parameters(case.mesh)
 
     def advance(inputs, state):
         state, metrics = function(inputs, state)
-        return pin(state), metrics
+        return pin(case.mesh, "parameter")(state), metrics
 
     compiled, facts = _compiled(advance, inputs, case.state, donate="all-except-first")
     holder = [case.state]
@@ -75,20 +74,24 @@ def _learning(function: Callable, case: Case, inputs) -> Stage:
 
 
 def _rollout(case: Case) -> Stage:
+    whole = pin(case.mesh, None)
+
     def run(policy, prompts, key):
-        return generate(policy, prompts, key, config=case.config.generation)
+        return generate(whole(policy), prompts, key, config=case.config.generation)
 
     return _stateless(run, case.state.policy, case.prompts, jax.random.key(0))
 
 
 def _score(case: Case) -> Stage:
-    sample = eqx.filter_jit(generate)
-    rollout = sample(
-        case.state.policy, case.prompts, jax.random.key(0), config=case.config.generation
-    )
+    rollout = eqx.filter_jit(generate)(
+        place(case.state.policy, case.mesh, None), case.prompts, jax.random.key(0),
+        config=case.config.generation,
+    )  # fmt: skip
+    whole = pin(case.mesh, None)
 
     def run(policy, reference, critic, rollout):
-        return score(policy, reference, critic, rollout, temperature=1.0)
+        models = whole((policy, reference, critic))
+        return score(*models, rollout, temperature=1.0)
 
     return _stateless(run, case.state.policy, case.reference, case.state.critic, rollout)
 

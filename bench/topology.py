@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 from ppo_kernel.iteration import compiler_options, ppo_iteration
 from ppo_kernel.learner import Learner
 from ppo_kernel.models import LanguageModel, Transformer, ValueModel
-from ppo_kernel.sharding import named_sharding, pin_parameters
+from ppo_kernel.sharding import pin, sharding_of
 
 from .cases import even_fraction, model_config, random_prompts, settings
 from .sizes import Size, parse_size
@@ -68,7 +68,7 @@ def compile_for(mesh: Mesh, size: Size, dtype: str) -> jax.stages.Compiled:
     def iterate(state, others):
         arguments = eqx.combine([state, *others], static)
         state, metrics = ppo_iteration(*arguments, reward=even_fraction, config=config, mesh=mesh)
-        return eqx.filter(pin_parameters(mesh)(state), eqx.is_array), metrics
+        return eqx.filter(pin(mesh, "parameter")(state), eqx.is_array), metrics
 
     jit = jax.jit(iterate, donate_argnums=0, compiler_options=compiler_options(mesh))
     return jit.lower(state, others).compile()
@@ -93,12 +93,10 @@ def _is_shape(x) -> bool:
 
 
 def _on(mesh: Mesh, tree: PyTree, axis: str) -> PyTree:
-    sharding = named_sharding(mesh, axis)
-
     def placed(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) if _is_shape(x) else x
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x.shape, mesh, axis))
 
-    return jax.tree.map(placed, tree)
+    return jax.tree.map(lambda x: placed(x) if _is_shape(x) else x, tree)
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, float]:

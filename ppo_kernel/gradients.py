@@ -5,6 +5,7 @@ from functools import cache
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .config import Hyperparams, IterationConfig
@@ -13,7 +14,7 @@ from .losses import is_clipped
 from .ops.kl import is_clamped, k3
 from .ops.masked import masked_sum
 from .scoring import critic_values, response_hidden, response_logprobs, response_values
-from .sharding import Pin
+from .sharding import pin
 from .types import Experience
 
 
@@ -27,7 +28,7 @@ def minibatch_gradients(
     *,
     config: IterationConfig,
     learner: Learner,
-    pin: Pin,
+    mesh: Mesh | None,
 ) -> tuple[dict[str, PyTree], dict[str, Float[Array, ""]]]:
     """Gradients of the loss of a minibatch, one micro-batch after the other.
 
@@ -38,7 +39,7 @@ def minibatch_gradients(
         models, static: parameters of "actor" and "critic", and what else the two are made of.
         sides: whose loss, and whose gradients: one of them, or both.
         minibatch: M sequences.
-        hyperparams, config, learner, pin: as in `update`.
+        hyperparams, config, learner, mesh: as in `update`.
         kl_coef: weight of the KL in the loss.
 
     Returns:
@@ -67,8 +68,9 @@ def minibatch_gradients(
     trained = {side: models[side] for side in sides}
 
     def whole_width(part):
-        gradients, sums = jax.grad(loss, has_aux=True)(trained, pin(part))
-        return wide(gradients), sums
+        gradients, sums = jax.grad(loss, has_aux=True)(trained, pin(mesh, "batch")(part))
+        # Pinned twice, so that the split of parameters does not spread into the backward pass.
+        return wide(pin(mesh, "parameter")(pin(mesh, None)(gradients))), sums
 
     def backward(part):
         widths = [w for w in config.response_widths if w < weights.shape[1]]

@@ -21,7 +21,7 @@ from .ops.masked import at_least_float32, whiten, wider_type
 from .rewards import adaptive_kl_coef, token_rewards
 from .rollout import generate
 from .scoring import response_hidden, response_logprobs, score
-from .sharding import batch_shards, pin_batch, pin_parameters
+from .sharding import pin, shards
 from .types import AdvantageEstimator, Experience, Metrics, Prompts, RewardFn, Rollout, Scores
 from .update import update
 
@@ -57,27 +57,28 @@ def collect(
         prompts: N left-padded prompts.
         hyperparams: temperature, top-p, min-p.
         config: static settings.
-        mesh: pins the batch to its data axis; None for one device.
+        mesh: its devices share the batch, and keep a part of each model; None for one device.
 
     Returns:
         `Collected` for B = N * samples_per_prompt sequences.
     """
-    pin = pin_batch(mesh)
+    pinned, whole = pin(mesh, "batch"), pin(mesh, None)
+    policy = whole(state.policy)
     rollout_key, _ = _keys(state)
-    rollout = pin(
+    rollout = pinned(
         generate(
-            state.policy, pin(prompts), rollout_key,
+            policy, pinned(prompts), rollout_key,
             config=config.generation, temperature=hyperparams.temperature,
-            top_p=hyperparams.top_p, min_p=hyperparams.min_p, queues=batch_shards(mesh),
+            top_p=hyperparams.top_p, min_p=hyperparams.min_p, queues=shards(mesh, "batch"),
         )
     )  # fmt: skip
     settings = {"temperature": hyperparams.temperature, "chunk_size": config.logprob_chunk_size}
-    scores = score(state.policy, reference, state.critic, rollout, **settings)
+    scores = score(policy, whole(reference), whole(state.critic), rollout, **settings)
     old_logprobs = rollout.logprobs
     if config.recompute_old_logprobs:
-        hidden = response_hidden(state.policy, rollout)
-        old_logprobs, _ = response_logprobs(state.policy, rollout, hidden, **settings)
-    return pin(Collected(rollout, old_logprobs, scores))
+        hidden = response_hidden(policy, rollout)
+        old_logprobs, _ = response_logprobs(policy, rollout, hidden, **settings)
+    return pinned(Collected(rollout, old_logprobs, scores))
 
 
 def learn(
@@ -102,9 +103,9 @@ def learn(
     Returns:
         (state, metrics) of the next iteration.
     """
-    pin = pin_batch(mesh)
+    pinned = pin(mesh, "batch")
     rollout, frozen = collected.rollout, collected.scores
-    scores = pin(at_least_float32(scores))
+    scores = pinned(at_least_float32(scores))
     log_ratios = collected.old_logprobs - frozen.reference_logprobs
     kl_coef = hyperparams.kl_coef if hyperparams.kl_target is None else state.kl_coef
     rewards = token_rewards(
@@ -129,8 +130,9 @@ def learn(
     _, update_key = _keys(state)
     state = eqx.tree_at(lambda s: s.kl_coef, state, jnp.asarray(kl_coef, state.kl_coef.dtype))
     state, update_metrics = update(
-        state, pin(experience), update_key, hyperparams, config=config, learner=learner, pin=pin
-    )
+        state, pinned(experience), update_key, hyperparams,
+        config=config, learner=learner, mesh=mesh,
+    )  # fmt: skip
     return _advance(state, metrics, hyperparams, rollout), metrics | update_metrics | {
         "kl_coef": jnp.asarray(kl_coef, state.kl_coef.dtype)
     }
@@ -163,7 +165,7 @@ def ppo_iteration(
         config: static settings.
         learner: optimizers and losses.
         advantage_estimator: `gae` or your own, see `types.AdvantageEstimator`.
-        mesh: pins the batch to its data axis; None for one device.
+        mesh: its devices share the batch, and keep a part of each model; None for one device.
 
     Returns:
         (state, metrics), see the table in docs/metrics.md.
@@ -172,7 +174,7 @@ def ppo_iteration(
         ValueError: the reward cannot be traced or has a wrong shape; sizes that do not divide.
     """
     collected = collect(state, reference, prompts, hyperparams, config=config, mesh=mesh)
-    scores = _traced_scores(reward, collected.rollout)
+    scores = _traced_scores(pin(mesh, None)(reward), collected.rollout)
     return learn(
         state, collected, scores, hyperparams,
         config=config, learner=learner, advantage_estimator=advantage_estimator, mesh=mesh,
@@ -217,7 +219,7 @@ def compile_iteration(
     """
     parts = {"config": config, "mesh": mesh}
     second = parts | {"learner": learner, "advantage_estimator": advantage_estimator}
-    pin_state = pin_parameters(mesh)
+    at_rest = pin(mesh, "parameter")
 
     # Equinox passes other arguments on to `jax.jit`, which its types do not say.
     filter_jit: Any = eqx.filter_jit
@@ -227,7 +229,7 @@ def compile_iteration(
         state, metrics = ppo_iteration(
             state, reference, prompts, hyperparams, reward=reward, **second
         )
-        return pin_state(state), metrics
+        return at_rest(state), metrics
 
     # Equinox donates every argument but the first.
     @jit(donate="all-except-first")
@@ -245,7 +247,7 @@ def compile_iteration(
     @jit(donate="all-except-first")
     def second_half(inputs, state):
         state, metrics = learn(state, *inputs, **second)
-        return pin_state(state), metrics
+        return at_rest(state), metrics
 
     return CompiledIteration(
         step=lambda state, *inputs: step(inputs, state),

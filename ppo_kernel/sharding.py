@@ -10,13 +10,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 MESH_AXES: dict[str, str | None] = {
-    "batch": "data",  # prompts, sequences, and the sequences of a micro-batch
-    "parameter": None,  # models and optimizer moments: a copy on every device
+    "batch": "data",  # prompts, sequences, and the sequences of a micro-batch: the leading axis
+    "parameter": "data",  # models and optimizer moments: the first axis that divides
 }
-"""Logical axis -> mesh axis, or None for replicated. A new mesh axis is one row."""
+"""Logical axis -> mesh axis, or None for replicated. A new mesh axis is one row.
+
+A device keeps its part of every model and moment, and steps that part (Rajbhandari et al. 2020,
+sec. 5). A stage gathers the model that it runs, once.
+"""
 
 Pin: TypeAlias = Callable[[PyTree], PyTree]
-"""A tree of arrays with a leading batch axis -> the same tree, pinned to the mesh."""
+"""A tree -> the same tree, its arrays pinned to the mesh."""
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
@@ -38,10 +42,7 @@ def named_sharding(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
     Raises:
         ValueError: a name is not in the table, or two axes would share a mesh axis.
     """
-    unknown = [name for name in logical_axes if name is not None and name not in MESH_AXES]
-    if unknown:
-        raise ValueError(f"unknown logical axis {unknown[0]!r}; known: {sorted(MESH_AXES)}.")
-    axes = [None if name is None else MESH_AXES[name] for name in logical_axes]
+    axes = [None if name is None else _mesh_axis(name) for name in logical_axes]
     used = [axis for axis in axes if axis is not None]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {logical_axes} map to {axes}: one mesh axis twice.")
@@ -51,51 +52,73 @@ def named_sharding(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def pin_batch(mesh: Mesh | None) -> Pin:
-    """Inside a program: pin the leading axis of every array to the batch axis of the mesh.
+def shards(mesh: Mesh | None, logical_axis: str) -> int:
+    """Into how many parts the mesh splits what lies by row `logical_axis`; 1 without a mesh.
 
-    None for `mesh` leaves the tree alone. The same constraint acts on CPU devices as on any.
+    Raises:
+        ValueError: an unknown logical axis.
     """
-
-    def pin(tree: PyTree) -> PyTree:
-        if mesh is None:
-            return tree
-        sharding = named_sharding(mesh, "batch")
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
-
-    return pin
-
-
-def pin_parameters(mesh: Mesh | None) -> Pin:
-    """Inside a program: pin every array of a state to the table's parameter row.
-
-    None for `mesh` leaves the state alone.
-    """
-
-    def pin(tree: PyTree) -> PyTree:
-        if mesh is None:
-            return tree
-        sharding = named_sharding(mesh, "parameter")
-        arrays, rest = eqx.partition(tree, eqx.is_array)
-        arrays = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), arrays)
-        return eqx.combine(arrays, rest)
-
-    return pin
-
-
-def batch_shards(mesh: Mesh | None) -> int:
-    """Into how many parts the mesh splits a batch; 1 without a mesh."""
-    axis = MESH_AXES["batch"]
+    axis = _mesh_axis(logical_axis)
     return 1 if mesh is None or axis is None else mesh.shape[axis]
 
 
-def place(tree: PyTree, mesh: Mesh | None, logical_axis: str) -> PyTree:
-    """Outside a program: put the arrays of a tree on the mesh, leading axis by the table.
+def sharding_of(shape: tuple[int, ...], mesh: Mesh, logical_axis: str | None) -> NamedSharding:
+    """How an array lies on the mesh: a batch by its leading axis, others by the first that divides.
+
+    An array of which no axis divides over the devices is replicated, unless it is a batch.
+
+    Args:
+        shape: of the array.
+        mesh: the devices.
+        logical_axis: the row of the table; None for a copy on every device.
+
+    Returns:
+        The sharding for `jax.device_put` or a constraint.
+
+    Raises:
+        ValueError: an unknown logical axis.
+    """
+    if logical_axis is None or logical_axis == "batch":
+        return named_sharding(mesh, logical_axis)
+    count = shards(mesh, logical_axis)
+    dividing = [i for i, size in enumerate(shape) if size and size % count == 0]
+    if count == 1 or not dividing:
+        return named_sharding(mesh)
+    return named_sharding(mesh, *[None] * dividing[0], logical_axis)
+
+
+def pin(mesh: Mesh | None, logical_axis: str | None) -> Pin:
+    """Inside a program: pin every array of a tree to the mesh, as the table says.
+
+    The same constraint acts on CPU devices as on any.
+
+    Args:
+        mesh: None leaves the tree alone.
+        logical_axis: the row of the table; None for a copy on every device.
+
+    Returns:
+        The function from a tree to the pinned tree.
+    """
+    if mesh is None:
+        return lambda tree: tree
+
+    def constrained(x):
+        return jax.lax.with_sharding_constraint(x, sharding_of(x.shape, mesh, logical_axis))
+
+    def apply(tree: PyTree) -> PyTree:
+        arrays, rest = eqx.partition(tree, eqx.is_array)
+        return eqx.combine(jax.tree.map(constrained, arrays), rest)
+
+    return apply
+
+
+def place(tree: PyTree, mesh: Mesh | None, logical_axis: str | None) -> PyTree:
+    """Outside a program: put the arrays of a tree on the mesh, as the table says.
 
     Args:
         tree: arrays, and anything else, which stays as it is.
         mesh: None leaves the tree alone.
-        logical_axis: the row of the table for the leading axis.
+        logical_axis: the row of the table; None for a copy on every device.
 
     Returns:
         The same tree, its arrays on the devices of the mesh.
@@ -106,14 +129,20 @@ def place(tree: PyTree, mesh: Mesh | None, logical_axis: str) -> PyTree:
     """
     if mesh is None:
         return tree
-    sharding = named_sharding(mesh, logical_axis)
-    axis = MESH_AXES[logical_axis]
-    count = 1 if axis is None else mesh.shape[axis]
     arrays, rest = eqx.partition(tree, eqx.is_array)
-    for x in jax.tree.leaves(arrays):
-        if count > 1 and x.shape[0] % count:
-            raise ValueError(
-                f"a batch of {x.shape[0]} does not divide over {count} devices of mesh axis "
-                f"{axis!r}; pass a multiple of {count}."
-            )
-    return eqx.combine(jax.device_put(arrays, sharding), rest)
+    if logical_axis == "batch":
+        count = shards(mesh, "batch")
+        for x in jax.tree.leaves(arrays):
+            if x.shape[0] % count:
+                raise ValueError(
+                    f"a batch of {x.shape[0]} does not divide over {count} devices of mesh axis "
+                    f"{MESH_AXES['batch']!r}; pass a multiple of {count}."
+                )
+    shardings = jax.tree.map(lambda x: sharding_of(x.shape, mesh, logical_axis), arrays)
+    return eqx.combine(jax.device_put(arrays, shardings), rest)
+
+
+def _mesh_axis(logical_axis: str) -> str | None:
+    if logical_axis not in MESH_AXES:
+        raise ValueError(f"unknown logical axis {logical_axis!r}; known: {sorted(MESH_AXES)}.")
+    return MESH_AXES[logical_axis]

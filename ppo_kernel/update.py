@@ -6,13 +6,14 @@ from functools import partial
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from .config import Hyperparams, IterationConfig
 from .gradients import minibatch_gradients
 from .learner import Learner, TrainState, optimizer_step
 from .models.heads import ValueHead
-from .sharding import Pin
+from .sharding import pin
 from .types import Experience, Metrics
 
 
@@ -59,7 +60,7 @@ def update(
     *,
     config: IterationConfig,
     learner: Learner = Learner(),
-    pin: Pin = lambda tree: tree,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
     """All optimizer steps of one iteration.
 
@@ -79,7 +80,7 @@ def update(
         hyperparams: traced.
         config: epochs, minibatches, micro-batch size, reduction, KL in the loss.
         learner: optimizers and losses.
-        pin: pins the leading axis of a tree to the batch axis of a mesh.
+        mesh: its devices share the sequences, and the optimizer's work; None for one device.
 
     Returns:
         (state, metrics): the iteration counter and `kl_coef` are left to the caller; metrics
@@ -100,13 +101,13 @@ def update(
     passes = (("actor", "critic"),) if shared else (("actor",), ("critic",))
 
     def one_step(carry, rows: Int[Array, " M"]):
-        minibatch = pin(jax.tree.map(lambda x: x[rows], experience))
+        minibatch = pin(mesh, "batch")(jax.tree.map(lambda x: x[rows], experience))
 
         def step(carry, sides: tuple[str, ...]):
             models, optimizer_states = carry
             gradients, sums = minibatch_gradients(
-                models, static, sides, minibatch, hyperparams, state.kl_coef,
-                config=config, learner=learner, pin=pin,
+                pin(mesh, None)(models), static, sides, minibatch, hyperparams, state.kl_coef,
+                config=config, learner=learner, mesh=mesh,
             )  # fmt: skip
             return optimizer_step(models, optimizer_states, gradients, sums, hyperparams, learner)
 

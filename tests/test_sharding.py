@@ -1,17 +1,26 @@
-"""The table of axes, and that its constraints really act on CPU devices."""
+"""The table of axes, that its constraints act on CPU devices, and what a mesh exchanges."""
+
+import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import tiny
 from jax.sharding import PartitionSpec
 
 from ppo_kernel import sharding
+from ppo_kernel.config import Hyperparams
+from ppo_kernel.iteration import compile_iteration
+from ppo_kernel.scoring import ModelReward
 
 
 def test_names_come_from_the_table():
     mesh = sharding.make_mesh(4)
     assert sharding.named_sharding(mesh, "batch", None).spec == PartitionSpec("data")
-    assert sharding.named_sharding(mesh, "parameter").spec == PartitionSpec()
+    assert sharding.named_sharding(mesh, None, "parameter").spec == PartitionSpec(None, "data")
+    assert sharding.named_sharding(mesh).spec == PartitionSpec()
     with pytest.raises(ValueError, match="unknown logical axis 'bacth'"):
         sharding.named_sharding(mesh, "bacth")
     with pytest.raises(ValueError, match="one mesh axis twice"):
@@ -20,22 +29,85 @@ def test_names_come_from_the_table():
         sharding.make_mesh(9)
 
 
-def test_placing_splits_batches_and_copies_parameters():
+def test_a_batch_is_split_by_its_leading_axis():
     mesh = sharding.make_mesh(4)
-    batch = sharding.place({"x": jnp.zeros((8, 3))}, mesh, "batch")["x"]
-    assert [shard.data.shape for shard in batch.addressable_shards] == [(2, 3)] * 4
-    scalar, weight = sharding.place((jnp.zeros(()), jnp.zeros((8, 3))), mesh, "parameter")
-    assert scalar.sharding.is_fully_replicated
-    assert weight.sharding.is_fully_replicated
+    batch = sharding.place({"x": jnp.zeros((8, 3)), "y": "kept"}, mesh, "batch")
+    assert [shard.data.shape for shard in batch["x"].addressable_shards] == [(2, 3)] * 4
+    assert batch["y"] == "kept"
     assert sharding.place(batch, None, "batch") is batch
     with pytest.raises(ValueError, match="a batch of 6 does not divide over 4 devices"):
         sharding.place(jnp.zeros(6), mesh, "batch")
 
 
+def test_parameters_are_split_along_the_first_axis_that_divides():
+    mesh = sharding.make_mesh(4)
+    parts = {(2, 8, 12): (2, 2, 12), (8, 6): (2, 6), (3, 5): (3, 5), (): (), (0, 4): (0, 1)}
+    arrays = [jnp.zeros(shape) for shape in parts]
+    placed = sharding.place(arrays, mesh, "parameter")
+    assert [x.addressable_shards[0].data.shape for x in placed] == list(parts.values())
+    assert all(x.sharding.is_fully_replicated for x in sharding.place(placed, mesh, None))
+    with pytest.raises(ValueError, match="unknown logical axis 'paramter'"):
+        sharding.place(arrays, mesh, "paramter")
+
+
 def test_pins_act_inside_a_program():
     mesh = sharding.make_mesh(8)
-    pinned = jax.jit(lambda x: sharding.pin_batch(mesh)(2 * x))(jnp.zeros((16, 2)))
-    assert pinned.sharding.spec == PartitionSpec("data")
-    copied = jax.jit(lambda x: sharding.pin_parameters(mesh)(2 * x))(pinned)
-    assert copied.sharding.is_fully_replicated
-    assert sharding.pin_batch(None)("anything") == "anything"
+
+    def pinned(axis, x):
+        return jax.jit(lambda x: sharding.pin(mesh, axis)(2 * x))(x)
+
+    batch = pinned("batch", jnp.zeros((16, 2)))
+    assert batch.sharding.spec == PartitionSpec("data")
+    assert pinned(None, batch).sharding.is_fully_replicated
+    assert pinned("parameter", jnp.zeros((3, 8))).sharding.spec == PartitionSpec(None, "data")
+    assert sharding.pin(None, "batch")("anything") == "anything"
+
+
+def _on_mesh(mesh):
+    """A compiled iteration for the mesh, and its arguments."""
+    hyperparams, reference = Hyperparams(), tiny.language_model(seed=8)
+    state = sharding.place(tiny.start(hyperparams), mesh, "parameter")
+    compiled = compile_iteration(config=tiny.iteration_config(num_minibatches=1), mesh=mesh)
+    return compiled, (
+        state,
+        sharding.place(reference, mesh, "parameter"),
+        sharding.place(tiny.prompts(), mesh, "batch"),
+        sharding.place(hyperparams, mesh, "parameter"),
+        sharding.place(ModelReward(tiny.value_model(seed=9)), mesh, "parameter"),
+    )
+
+
+@pytest.mark.parametrize("axis", ["parameter", None], ids=["split before", "copied before"])
+def test_a_device_keeps_its_part_of_models_and_moments(axis):
+    mesh = sharding.make_mesh(8)
+    compiled, (state, *others) = _on_mesh(mesh)
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    state, _ = compiled.step(sharding.place(state, mesh, axis), *others)
+    assert jax.tree.map(lambda x: x.sharding, state) == placed
+    for path, x in jax.tree.leaves_with_path(state):
+        divides = any(size % 8 == 0 for size in x.shape)
+        part = x.addressable_shards[0].data.size
+        assert part * 8 == x.size if divides else part == x.size, jax.tree_util.keystr(path)
+
+
+def test_each_model_is_gathered_where_it_runs_and_nothing_else_of_its_size_is_exchanged():
+    compiled, arguments = _on_mesh(sharding.make_mesh(8))
+    state, reference, *_, reward = arguments
+    text = compiled.lower(*arguments).compile().as_text()
+    exchanges = re.findall(r"= (.*) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", text)
+    assert {kind for _, kind in exchanges} == {"all-gather", "all-reduce"}
+    gathered = Counter(
+        tuple(int(n) for n in dimensions.split(",") if n)
+        for shape, kind in exchanges
+        for dimensions in re.findall(r"\w+\[([\d,]*)\]", shape)
+        if kind == "all-gather"
+    )
+    # The policy samples, and steps; the critic scores, and steps; the others score.
+    models = (state.policy, state.policy, state.critic, state.critic, reference, reward)
+    expected = Counter(
+        x.shape for x in jax.tree.leaves(models) if any(size % 8 == 0 for size in x.shape)
+    )
+    tokens_and_numbers_of_a_batch = 8 * 5
+    rest = gathered - expected
+    assert expected - gathered == Counter()
+    assert all(np.prod(shape) <= tokens_and_numbers_of_a_batch for shape in rest), rest

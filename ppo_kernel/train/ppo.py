@@ -269,8 +269,8 @@ class PPOTrainer:
 
     @property
     def policy(self) -> CausalLM:
-        """The policy as it is now."""
-        return self.policy_model.with_model(self.state.policy)
+        """The policy as it is now, whole on every device."""
+        return self.policy_model.with_model(place(self.state.policy, self.mesh, None))
 
     def _check_tokens(self, prompts: Prompts) -> None:
         size = self.policy_model.config.vocab_size
