@@ -48,8 +48,9 @@ def build(
         attention: of `TransformerConfig`.
     """
     mesh = None if devices is None else make_mesh(devices)
-    reference = random_policy(size, dtype, attention)
-    critic = ValueModel.on(_filled(Transformer.init, model_config(size, dtype, attention), seed=1))
+    reference = place(random_policy(size, dtype, attention), mesh, "parameter")
+    trunk = _filled(Transformer.init, model_config(size, dtype, attention), seed=1)
+    critic = place(ValueModel.on(trunk), mesh, "parameter")
     config, hyperparams = settings(size)
     state = Learner().init(reference, critic, jax.random.key(3), hyperparams)
     return Case(
@@ -57,7 +58,7 @@ def build(
         mesh=mesh,
         config=config,
         hyperparams=place(hyperparams, mesh, "parameter"),
-        reference=place(reference, mesh, "parameter"),
+        reference=reference,
         state=place(state, mesh, "parameter"),
         prompts=place(random_prompts(size), mesh, "batch"),
     )

@@ -61,7 +61,8 @@ class Learner:
         """The state before the first iteration, on copies: an iteration donates its state.
 
         Args:
-            policy, critic: the models to train.
+            policy, critic: the models to train; on a mesh already, where there is one (see
+                `sharding.place`): moments then lie as they do.
             key: of the whole run, copied into the state.
             hyperparams: gives the first KL coefficient.
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from ppo_kernel import sharding
 from ppo_kernel.config import Hyperparams
 from ppo_kernel.iteration import compile_iteration
+from ppo_kernel.learner import Learner
 from ppo_kernel.scoring import ModelReward
 
 
@@ -61,6 +62,18 @@ def test_pins_act_inside_a_program():
     assert pinned(None, batch).sharding.is_fully_replicated
     assert pinned("parameter", jnp.zeros((3, 8))).sharding.spec == PartitionSpec(None, "data")
     assert sharding.pin(None, "batch")("anything") == "anything"
+
+
+def test_moments_lie_as_the_models_do_from_the_start():
+    mesh = sharding.make_mesh(8)
+    models = sharding.place((tiny.language_model(), tiny.value_model()), mesh, "parameter")
+    state = Learner().init(*models, jax.random.key(3), Hyperparams())
+    for model, moments in zip(
+        models, (state.actor_optimizer_state, state.critic_optimizer_state), strict=True
+    ):
+        expected = jax.tree.map(lambda x: x.sharding, model)
+        assert jax.tree.map(lambda x: x.sharding, moments.mu) == expected
+        assert jax.tree.map(lambda x: x.sharding, moments.nu) == expected
 
 
 def _on_mesh(mesh):

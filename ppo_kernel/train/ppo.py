@@ -195,11 +195,11 @@ class PPOTrainer:
                 )
         self.policy_model = actor_critic_model.policy_model
         self.learner = config.learner()
-        state = self.learner.init(
-            self.policy_model.model, actor_critic_model.critic, rng_key, config.hyperparams()
-        )
-        self.state = place(state, mesh, "parameter")
         self.reference = place(self.policy_model.model, mesh, "parameter")
+        critic = place(actor_critic_model.critic, mesh, "parameter")
+        # Moments lie as the models do: placed first, no device ever holds all of them.
+        state = self.learner.init(self.reference, critic, rng_key, config.hyperparams())
+        self.state = place(state, mesh, "parameter")
         self.reward = actor_critic_model.reward()
         if not isinstance(self.reward, PythonReward):
             self.reward = place(self.reward, mesh, "parameter")
