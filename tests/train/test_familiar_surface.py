@@ -87,6 +87,15 @@ def test_the_familiar_program_runs(folders, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
     changed = np.abs(saved.model.trunk.embedding - policy.model.trunk.embedding).max()
     assert changed > 0.0, "the policy is trained, and the one passed in stays as it was"
+    on_two = PPOTrainer(
+        config=config, actor_critic_model=actor_critic, rng_key=jax.random.key(1), mesh=make_mesh(2)
+    )
+    on_two.load_checkpoint(tmp_path / "checkpoint")
+    for here, there in zip(
+        jax.tree.leaves(on_two.state), jax.tree.leaves(trainer.state), strict=True
+    ):
+        assert (here.sharding.num_devices, there.sharding.num_devices) == (2, 8)
+        assert jnp.array_equal(jax.device_get(here), jax.device_get(there))
 
 
 def _trainer(folders, reward, seed=0, **changes):
