@@ -1,7 +1,6 @@
 """One table: logical axis -> mesh axis. The only file that knows what a mesh looks like."""
 
 from collections.abc import Callable
-from typing import TypeAlias
 
 import equinox as eqx
 import jax
@@ -18,9 +17,6 @@ MESH_AXES: dict[str, str | None] = {
 A device keeps its part of every model and moment, and steps that part (Rajbhandari et al. 2020,
 sec. 5). A stage gathers the model that it runs, once.
 """
-
-Pin: TypeAlias = Callable[[PyTree], PyTree]
-"""A tree -> the same tree, its arrays pinned to the mesh."""
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
@@ -87,7 +83,7 @@ def sharding_of(shape: tuple[int, ...], mesh: Mesh, logical_axis: str | None) ->
     return named_sharding(mesh, *[None] * dividing[0], logical_axis)
 
 
-def pin(mesh: Mesh | None, logical_axis: str | None) -> Pin:
+def pin(mesh: Mesh | None, logical_axis: str | None) -> Callable[[PyTree], PyTree]:
     """Inside a program: pin every array of a tree to the mesh, as the table says.
 
     The same constraint acts on CPU devices as on any.

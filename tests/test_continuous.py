@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_program import STEPS, CountingPolicy, assert_written_in_place, decode_loop
+from test_program import STEPS, CountingPolicy, assert_written_in_place, decode_loop, loop_bodies
 
 from ppo_kernel.config import GenerationConfig, Hyperparams
 from ppo_kernel.continuous import refill_size
@@ -219,14 +219,8 @@ def test_a_device_keeps_to_its_own_queue(float64):
     )
     compiled = run.lower(*inputs, config=config, mesh=mesh).compile()
     assert_same(compiled(*inputs, config=config, mesh=mesh).rollout, expected.rollout)
-    text = compiled.compiled.as_text()
-    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
-    loops = [
-        part for part in text.split("\n\n") if part.strip().lstrip("%").split(" ")[0] in bodies
-    ]
-    collectives = re.findall(
-        r" = (.*) (all-\w+|collective-\w+|reduce-scatter)\S*\(", "\n".join(loops)
-    )
+    loops = "\n".join(loop_bodies(compiled.compiled.as_text()))
+    collectives = re.findall(r" = (.*) (all-\w+|collective-\w+|reduce-scatter)\S*\(", loops)
     # Only whether to go on is asked of all.
     assert collectives
     for shape, kind in collectives:

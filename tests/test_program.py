@@ -75,16 +75,16 @@ def test_it_traces_once_whatever_the_coefficients():
     assert int(state.iteration) == 4
 
 
-def decode_loop(text: str) -> str:
-    """The body of the decode loop: the largest that some `while` runs and that has none itself."""
+def loop_bodies(text: str) -> list[str]:
+    """What the loops of a program run, as its HLO prints it."""
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
-    computations = {
-        match.group(1): part
-        for part in text.split("\n\n")
-        if (match := re.match(r"\s*%?([\w.\-]+) \(", part))
-    }
-    innermost = [computations[name] for name in bodies if " while(" not in computations[name]]
-    return max(innermost, key=len)
+    parts = [(re.match(r"\s*%?([\w.\-]+) \(", part), part) for part in text.split("\n\n")]
+    return [part for match, part in parts if match and match.group(1) in bodies]
+
+
+def decode_loop(text: str) -> str:
+    """The body of the decode loop: the largest that has no loop itself."""
+    return max((body for body in loop_bodies(text) if " while(" not in body), key=len)
 
 
 @pytest.mark.parametrize("width", [64, 1024], ids=["plain products", "matrices laid out"])
