@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from .advantages import gae
 from .config import Hyperparams, IterationConfig
-from .learner import Learner, TrainState
+from .learner import Learner, TrainState, current_kl_coef
 from .metrics import nonfinite_counts, rollout_metrics
 from .models.base import Policy
 from .ops.masked import at_least_float32, whiten, wider_type
@@ -107,7 +107,7 @@ def learn(
     rollout, frozen = collected.rollout, collected.scores
     scores = pinned(at_least_float32(scores))
     log_ratios = collected.old_logprobs - frozen.reference_logprobs
-    kl_coef = hyperparams.kl_coef if hyperparams.kl_target is None else state.kl_coef
+    kl_coef = current_kl_coef(state, hyperparams)
     rewards = token_rewards(
         scores, log_ratios, rollout.mask, rollout.terminated,
         kl_coef=kl_coef, kl_estimator=config.reward_kl,
@@ -128,14 +128,12 @@ def learn(
         advantages, returns,
     )  # fmt: skip
     _, update_key = _keys(state)
-    state = eqx.tree_at(lambda s: s.kl_coef, state, jnp.asarray(kl_coef, state.kl_coef.dtype))
     state, update_metrics = update(
         state, pinned(experience), update_key, hyperparams,
         config=config, learner=learner, mesh=mesh,
     )  # fmt: skip
-    return _advance(state, metrics, hyperparams, rollout), metrics | update_metrics | {
-        "kl_coef": jnp.asarray(kl_coef, state.kl_coef.dtype)
-    }
+    metrics |= update_metrics | {"kl_coef": kl_coef}
+    return _advance(state, metrics, hyperparams, rollout), metrics
 
 
 def ppo_iteration(
@@ -184,7 +182,8 @@ def ppo_iteration(
 class CompiledIteration(NamedTuple):
     """The iteration, several in a row, and its two halves, compiled.
 
-    `step`, `steps` and `learn` consume the state passed in.
+    `step`, `steps` and `learn` consume the state passed in. Pass the same reward object each time:
+    a function that is made anew is another program.
 
     Attributes:
         step: (state, reference, prompts, hyperparams, reward) -> (state, metrics).
@@ -317,14 +316,17 @@ def _traced_scores(reward: RewardFn, rollout: Rollout) -> Float[Array, "..."]:
     Raises:
         ValueError: it needs concrete values, calls back to Python, or has a wrong shape.
     """
-    remedy = "so it cannot be part of the single program; call it between `collect` and `learn`."
+    remedy = (
+        "so it cannot be part of the single program; call it between `collect` and `learn`, or "
+        "give a PPOTrainer a PythonReward."
+    )
     try:
         jaxpr = jax.make_jaxpr(lambda rollout: jnp.asarray(reward(rollout)))(rollout)
     except jax.errors.JAXTypeError as error:
         raise ValueError(
             f"reward {reward!r} needs concrete values (it runs Python on text or NumPy), {remedy}"
         ) from error
-    if re.search(r"\b(pure|io|debug)_callback\[", str(jaxpr)):
+    if re.search(r"\b(\w+_callback|debug_print)\[", str(jaxpr)):
         raise ValueError(f"reward {reward!r} calls back to Python, {remedy}")
     (scores,) = jax.extend.core.jaxpr_as_fun(jaxpr)(*jax.tree.leaves(rollout))
     if scores.shape not in (rollout.lengths.shape, rollout.tokens.shape):
@@ -338,7 +340,7 @@ def _traced_scores(reward: RewardFn, rollout: Rollout) -> Float[Array, "..."]:
 def _advance(
     state: TrainState, metrics: Metrics, hyperparams: Hyperparams, rollout: Rollout
 ) -> TrainState:
-    kl_coef = state.kl_coef
+    kl_coef = metrics["kl_coef"]
     if hyperparams.kl_target is not None:
         kl_coef = adaptive_kl_coef(
             kl_coef, metrics["kl_divergence"],

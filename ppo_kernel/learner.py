@@ -73,15 +73,31 @@ class Learner:
         def copy(tree: PyTree) -> PyTree:
             return jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, tree)
 
+        # The optimizer's too: some keep the parameters they were given.
         return TrainState(
             policy=copy(policy),
             critic=copy(critic),
-            actor_optimizer_state=self.actor_optimizer.init(wide(_trainable(policy))),
-            critic_optimizer_state=self.critic_optimizer.init(wide(_trainable(critic))),
+            actor_optimizer_state=copy(self.actor_optimizer.init(wide(_trainable(policy)))),
+            critic_optimizer_state=copy(self.critic_optimizer.init(wide(_trainable(critic)))),
             key=jnp.copy(key),
             iteration=jnp.zeros((), jnp.int32),
             kl_coef=jnp.array(hyperparams.kl_coef),
         )
+
+
+def current_kl_coef(state: TrainState, hyperparams: Hyperparams) -> Float[Array, "*runs"]:
+    """The weight of the KL penalty in this iteration.
+
+    Args:
+        state: has the controller's coefficient, which counts where there is a `kl_target`.
+        hyperparams: has the fixed one.
+
+    Returns:
+        Rank 0, of the state's type.
+    """
+    if hyperparams.kl_target is None:
+        return jnp.asarray(hyperparams.kl_coef, state.kl_coef.dtype)
+    return state.kl_coef
 
 
 def optimizer_step(

@@ -78,9 +78,10 @@ def adaptive_kl_coef(
 ) -> Float[Array, ""]:
     """One step of the proportional controller of the KL coefficient.
 
-        e = clip(KL / target - 1, -0.2, 0.2);   coef' = coef * (1 + e * n / horizon)
+        e = clip(KL / target - 1, -0.2, 0.2);   coef' = coef * (1 + e * min(n / horizon, 1))
 
-    Source: Ziegler et al. 2019, section 2.2. A KL that is not finite leaves the coefficient.
+    Source: Ziegler et al. 2019, section 2.2. The minimum is ours: beyond five horizons an iteration
+    the factor could be negative. A KL that is not finite leaves the coefficient.
 
     Args:
         kl_coef: the present coefficient.
@@ -95,4 +96,5 @@ def adaptive_kl_coef(
     dtype = kl_coef.dtype
     error = sequence_kl.astype(dtype) / jnp.asarray(target, dtype) - 1.0
     error = jnp.where(jnp.isfinite(error), jnp.clip(error, -0.2, 0.2), 0.0)
-    return kl_coef * (1.0 + error * num_sequences / jnp.asarray(horizon, dtype))
+    pace = jnp.minimum(num_sequences / jnp.asarray(horizon, dtype), 1.0)
+    return kl_coef * (1.0 + error * pace)

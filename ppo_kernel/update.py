@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from .config import Hyperparams, IterationConfig
 from .gradients import minibatch_gradients
-from .learner import Learner, TrainState, optimizer_step
+from .learner import Learner, TrainState, current_kl_coef, optimizer_step
 from .models.heads import ValueHead
 from .sharding import pin
 from .types import Experience, Metrics
@@ -98,6 +98,7 @@ def update(
     # A head on the policy's trunk sends a gradient into it. Two models take their steps one after
     # the other, each inside a `cond`, so that only one gradient is in memory at a time.
     shared = isinstance(state.critic, ValueHead)
+    kl_coef = current_kl_coef(state, hyperparams)
     passes = (("actor", "critic"),) if shared else (("actor",), ("critic",))
 
     def one_step(carry, rows: Int[Array, " M"]):
@@ -106,7 +107,7 @@ def update(
         def step(carry, sides: tuple[str, ...]):
             models, optimizer_states = carry
             gradients, sums = minibatch_gradients(
-                pin(mesh, None)(models), static, sides, minibatch, hyperparams, state.kl_coef,
+                pin(mesh, None)(models), static, sides, minibatch, hyperparams, kl_coef,
                 config=config, learner=learner, mesh=mesh,
             )  # fmt: skip
             return optimizer_step(models, optimizer_states, gradients, sums, hyperparams, learner)
@@ -122,7 +123,7 @@ def update(
         "actor": state.actor_optimizer_state, "critic": state.critic_optimizer_state
     }  # fmt: skip
     carry, sums = jax.lax.scan(one_step, (models, optimizer_states), order)
-    float_type = state.kl_coef.dtype
+    float_type = kl_coef.dtype
     bad = [jnp.sum(~jnp.isfinite(x), dtype=float_type) for x in jax.tree.leaves(carry[0])]
     models, optimizer_states = eqx.combine(carry[0], static), carry[1]
     state = TrainState(

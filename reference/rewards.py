@@ -59,4 +59,4 @@ def adaptive_kl_coef(
         return float(kl_coef)
     error = (float(sequence_kl) - target) / target
     error = min(max(error, -0.2), 0.2)
-    return float(kl_coef) * (1 + error * num_sequences / horizon)
+    return float(kl_coef) * (1 + error * min(num_sequences / horizon, 1.0))

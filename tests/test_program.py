@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.experimental import io_callback
 
 from ppo_kernel.config import GenerationConfig, Hyperparams
 from ppo_kernel.iteration import compile_iteration
@@ -154,13 +155,30 @@ def test_a_python_reward_is_refused_by_the_single_program():
         compiled.step(*inputs, lambda rollout: np.asarray(rollout.tokens).sum(axis=1))
     with pytest.raises(ValueError, match="one score a sequence"):
         compiled.step(*inputs, lambda rollout: jnp.zeros(3))
-    with pytest.raises(ValueError, match="calls back to Python"):
-        compiled.step(*inputs, _calls_back)
+    for call in (_pure, _io, _debug, _prints):
+        with pytest.raises(ValueError, match="calls back to Python"):
+            compiled.step(*inputs, call)
 
 
-def _calls_back(rollout):
+def _pure(rollout):
     shape = jax.ShapeDtypeStruct(rollout.lengths.shape, jnp.float32)
     return jax.pure_callback(lambda x: np.asarray(x, np.float32), shape, rollout.lengths)
+
+
+def _io(rollout):
+    shape = jax.ShapeDtypeStruct(rollout.lengths.shape, jnp.float32)
+    return io_callback(lambda x: np.asarray(x, np.float32), shape, rollout.lengths)
+
+
+def _debug(rollout):
+    jax.debug.callback(lambda x: None, rollout.lengths)
+    return rollout.lengths.astype(jnp.float32)
+
+
+@jax.jit
+def _prints(rollout):
+    jax.debug.print("{}", rollout.lengths)
+    return rollout.lengths.astype(jnp.float32)
 
 
 def test_sizes_that_do_not_divide_are_refused_before_any_work():

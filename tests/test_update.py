@@ -222,6 +222,34 @@ def test_a_run_starts_at_iteration_0_with_the_given_coefficient(float64):
     assert float(state.kl_coef) == float(hyperparams.kl_coef) == HYPERPARAMS["kl_coef"]
 
 
+@pytest.mark.parametrize("kl_target", [None, 6.0])
+def test_without_a_target_the_coefficient_of_the_settings_counts(float64, kl_target):
+    """That of the state is the controller's."""
+    run = compiled(SHARED, Learner())
+    state, experience, hyperparams = draw(0)
+    weak, strong = (
+        replace(hyperparams, kl_coef=jnp.asarray(coef), kl_target=kl_target)
+        for coef in (0.05, 10.0)
+    )
+    after = [run(state, experience, jax.random.key(KEY), h)[0].policy for h in (weak, strong)]
+    same = all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, after), strict=True))
+    assert same == (kl_target is not None)
+
+
+def test_a_state_shares_no_array_with_what_it_was_made_from(float64):
+    """An iteration donates it, and some optimizers keep the parameters they were given."""
+    keeps = optax.GradientTransformation(lambda params: params, optax.identity().update)
+    state, _, hyperparams = draw(0)
+    models = state.policy, state.critic
+    after = Learner(keeps, keeps).init(*models, state.key, hyperparams)
+
+    def places(tree):
+        arrays = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+        return {x.unsafe_buffer_pointer() for x in arrays}
+
+    assert not places(models) & places(after)
+
+
 @given(seed=seeds)
 def test_every_epoch_is_another_permutation_and_follows_the_samples(seed):
     rng = np.random.default_rng(seed)

@@ -119,7 +119,7 @@ def on_controller(shape):
     del shape
     kls = one_of(-1.0, 0.0, 5.75, 6.25, 100.0, np.inf, np.nan).map(np.asarray)
     coefficients = one_of(0.0, 0.05, 1.0).map(np.asarray)
-    return arguments(coefficients, kls, target=one_of(6.0), horizon=one_of(1e4, 300.0),
+    return arguments(coefficients, kls, target=one_of(6.0), horizon=one_of(1e4, 300.0, 10.0),
                      num_sequences=one_of(64))  # fmt: skip
 
 
