@@ -10,6 +10,7 @@ from ..config import GenerationConfig, Hyperparams, IterationConfig
 from ..learner import Learner
 from ..ops.kl import k1
 from ..types import KLEstimator
+from .weight_decay import matrices
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class PPOConfig:
         missing_eos_penalty, score_clip: see `Hyperparams`.
         whiten_advantages, bootstrap_truncated, recompute_old_logprobs, logprob_chunk_size,
             response_widths: see `IterationConfig`.
-        weight_decay: decoupled, on the actor and the critic.
+        weight_decay: decoupled, on the matrices of actor and critic.
 
     Raises:
         ValueError: a value is out of its range.
@@ -205,7 +206,8 @@ class PPOConfig:
         def optimizer() -> optax.GradientTransformation:
             if self.weight_decay == 0.0:
                 return optax.scale_by_adam()
-            return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(self.weight_decay))
+            decay = optax.add_decayed_weights(self.weight_decay, mask=matrices)
+            return optax.chain(optax.scale_by_adam(), decay)
 
         return Learner(actor_optimizer=optimizer(), critic_optimizer=optimizer())
 

@@ -10,6 +10,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .weight_decay import matrices
+
 Report = Callable[[int, dict[str, float]], None]
 """(step, metrics): called every `report_every` steps."""
 
@@ -19,7 +21,7 @@ class FitConfig:
     """Settings of a supervised stage: AdamW with warm-up and cosine decay.
 
     Attributes:
-        num_steps: optimizer steps.
+        num_steps: optimizer steps, at least 2: the first is warm-up.
         batch_size: sequences a step.
         widths: slots of the short and of the long half of a batch; longer sequences are cut.
         learning_rate: the peak; it ends at a twentieth.
@@ -28,7 +30,7 @@ class FitConfig:
         max_grad_norm: global-norm clip.
 
     Raises:
-        ValueError: a count below 1.
+        ValueError: a count is too small.
     """
 
     num_steps: int
@@ -40,11 +42,15 @@ class FitConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self):
-        if self.num_steps < 1 or self.batch_size < len(self.widths) or min(self.widths) < 1:
+        if self.num_steps < 2:
             raise ValueError(
-                f"num_steps={self.num_steps}, batch_size={self.batch_size} and "
-                f"widths={self.widths} must be at least 1, and a batch must have a sequence for "
-                "every width."
+                f"num_steps must be at least 2, got {self.num_steps}: the first is warm-up, and "
+                "there the learning rate is 0."
+            )
+        if self.batch_size < len(self.widths) or min(self.widths) < 1:
+            raise ValueError(
+                f"widths={self.widths} must be at least 1, and a batch have a sequence for each; "
+                f"got batch_size={self.batch_size}."
             )
 
     def optimizer(self) -> optax.GradientTransformation:
@@ -55,12 +61,7 @@ class FitConfig:
         )  # fmt: skip
         return optax.chain(
             optax.clip_by_global_norm(self.max_grad_norm),
-            optax.adamw(
-                schedule,
-                b2=0.98,
-                weight_decay=self.weight_decay,
-                mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree),
-            ),
+            optax.adamw(schedule, b2=0.98, weight_decay=self.weight_decay, mask=matrices),
         )
 
 
