@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import equinox as eqx
 import jax
@@ -16,7 +16,7 @@ from ..io.tokenizer import Tokenizer
 from ..iteration import CompiledIteration, compile_iteration
 from ..models.heads import ValueModel
 from ..scoring import ModelReward
-from ..sharding import make_mesh, place
+from ..sharding import make_mesh, place, shards
 from ..types import Prompts, RewardFn, Rollout
 from .config import PPOConfig
 from .pretrained import CausalLM, RewardModel
@@ -122,8 +122,11 @@ class PPOActorCritic:
     Attributes:
         policy_model: the SFT model; also the reference.
         reward_model: a `RewardModel`, a JAX `RewardFn`, or a `PythonReward`.
-        config: settings of the run.
+        config: settings of the run, those of its `PPOTrainer`.
         critic_model: a critic of your own (`models.base.Critic`).
+
+    Raises:
+        ValueError: the policy has ids that the reward model or the critic would read as others.
     """
 
     policy_model: CausalLM
@@ -131,21 +134,30 @@ class PPOActorCritic:
     config: PPOConfig
     critic_model: Callable | None = None
 
+    def __post_init__(self):
+        size = self.policy_model.config.vocab_size
+        readers = {
+            "reward_model": getattr(self.reward(), "model", None),
+            "critic_model": self.critic_model,
+        }
+        for name, model in readers.items():
+            # A model of another class does not say how many ids it knows.
+            if isinstance(model, ValueModel) and model.trunk.config.vocab_size < size:
+                raise ValueError(
+                    f"{name} has {model.trunk.config.vocab_size} token ids, but reads those of a "
+                    f"policy that has {size}; give its embedding as many rows, or let a reward "
+                    "model read text: PythonReward(reward_model.score_texts)."
+                )
+
     @property
     def critic(self) -> Callable:
         """The critic before the first update."""
         if self.critic_model is not None:
             return self.critic_model
         reward = self.reward_model
-        if isinstance(reward, RewardModel) and self.shares_tokenizer:
+        if isinstance(reward, RewardModel) and self._reads_ids(reward):
             return ValueModel.on(reward.model.trunk)
         return ValueModel.on(self.policy_model.model.trunk)
-
-    @property
-    def shares_tokenizer(self) -> bool:
-        """Whether the reward model reads the policy's token ids."""
-        ours, theirs = self.policy_model.tokenizer, self.reward_model.tokenizer
-        return ours is None or theirs is None or ours == theirs
 
     def reward(self) -> RewardFn | PythonReward:
         """The reward as the iteration takes it: in the program, or `PythonReward`."""
@@ -154,22 +166,28 @@ class PPOActorCritic:
             return PythonReward(reward.score, self.policy_model.tokenizer)
         if not isinstance(reward, RewardModel):
             return reward
-        if self.shares_tokenizer:
+        if self._reads_ids(reward):
             return ModelReward(reward.model)
         return PythonReward(reward.score_texts, self.policy_model.tokenizer)
+
+    def _reads_ids(self, reward: RewardModel) -> bool:
+        """Whether the policy's token ids are the reward model's."""
+        ours, theirs = self.policy_model.tokenizer, reward.tokenizer
+        return ours is None or theirs is None or ours == theirs
 
 
 class PPOTrainer:
     """Runs PPO iterations on one device, or on all of them along the batch.
 
     Args:
-        config: settings.
+        config: settings, those of `actor_critic_model`.
         actor_critic_model: the models.
         rng_key: a typed key, `jax.random.key(seed)`; everything random follows from it.
         mesh: devices to run on; all by default.
 
     Raises:
-        ValueError: the batch does not divide over the devices, or a legacy key.
+        ValueError: the batch does not divide over the devices, two different configs, or a legacy
+            key.
     """
 
     def __init__(
@@ -185,14 +203,8 @@ class PPOTrainer:
         if mesh is None and jax.device_count() > 1:
             mesh = make_mesh()
         self.config, self.mesh = config, mesh
-        self.num_devices = 1 if mesh is None else mesh.size
-        minibatch = config.train_batch_size // config.num_minibatches
-        for name, count in (("prompts", config.num_prompts), ("sequences a minibatch", minibatch)):
-            if count % self.num_devices:
-                raise ValueError(
-                    f"{count} {name} do not divide over {self.num_devices} devices; change "
-                    "train_batch_size or pass mesh=make_mesh(fewer)."
-                )
+        self.num_devices = shards(mesh, "batch")
+        _check_settings(config, actor_critic_model.config, self.num_devices)
         self.policy_model = actor_critic_model.policy_model
         self.learner = config.learner()
         self.reference = place(self.policy_model.model, mesh, "parameter")
@@ -203,7 +215,6 @@ class PPOTrainer:
         self.reward = actor_critic_model.reward()
         if not isinstance(self.reward, PythonReward):
             self.reward = place(self.reward, mesh, "parameter")
-        self.last_rollout: Rollout | None = None
         self._compiled: dict[int, CompiledIteration] = {}
 
     @property
@@ -237,7 +248,6 @@ class PPOTrainer:
         inputs = (self.reference, prompts, hyperparams)
         if isinstance(self.reward, PythonReward):
             collected = compiled.collect(self.state, *inputs)
-            self.last_rollout = collected.rollout
             scores = place(self.reward(collected.rollout), self.mesh, "batch")
             self.state, metrics = compiled.learn(self.state, collected, scores, hyperparams)
         else:
@@ -290,3 +300,21 @@ class PPOTrainer:
                 config=config, learner=self.learner, mesh=self.mesh
             )
         return self._compiled[width]
+
+
+def _check_settings(config: PPOConfig, of_models: PPOConfig, num_devices: int) -> None:
+    """Refuse what would fail, or be left out, at the first step."""
+    if of_models != config:
+        names = [field.name for field in fields(config)]
+        names = [name for name in names if getattr(config, name) != getattr(of_models, name)]
+        raise ValueError(
+            f"the config of the PPOActorCritic differs in {', '.join(names)}; pass one to both."
+        )
+    minibatch = config.train_batch_size // config.num_minibatches
+    for name, count in (("prompts", config.num_prompts), ("sequences a minibatch", minibatch)):
+        if count % num_devices:
+            raise ValueError(
+                f"{count} {name} do not divide over {num_devices} devices; change "
+                "train_batch_size or pass mesh=make_mesh(fewer)."
+            )
+    config.iteration(config.generation(1, (), 0), num_devices)

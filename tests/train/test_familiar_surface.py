@@ -1,5 +1,6 @@
 """The program that users of such a library write, as they write it."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from ppo_kernel import (
     CausalLM,
+    ModelReward,
     PPOActorCritic,
     PPOBatch,
     PPOConfig,
@@ -24,6 +26,7 @@ from ppo_kernel import (
     PythonReward,
     RewardModel,
     TransformerConfig,
+    ValueModel,
     make_mesh,
 )
 from ppo_kernel.io.tokenizer import Tokenizer
@@ -98,15 +101,19 @@ def test_the_familiar_program_runs(folders, tmp_path):
         assert jnp.array_equal(jax.device_get(here), jax.device_get(there))
 
 
-def _trainer(folders, reward, seed=0, **changes):
+def _config(**changes):
     settings = {"train_batch_size": 8, "max_seq_len": 10, "max_new_tokens": 4, "num_ppo_epochs": 1}
-    config = PPOConfig(**(settings | changes))
+    return PPOConfig(**(settings | changes))
+
+
+def _trainer(folders, reward, seed=0, mesh=None, **changes):
+    config = _config(**changes)
     policy = CausalLM.from_pretrained(folders / "sft")
     return PPOTrainer(
         config=config,
         actor_critic_model=PPOActorCritic(policy, reward, config),
         rng_key=jax.random.key(seed),
-        mesh=make_mesh(1),
+        mesh=make_mesh(1) if mesh is None else mesh,
     )
 
 
@@ -233,6 +240,53 @@ def test_gradient_accumulation_must_fit():
         config.iteration(generation)
     legal = PPOConfig(kl_coeff=0.0, learning_rate_critic=0.0, entropy_coeff=0.0)
     assert float(legal.hyperparams().kl_coef) == 0.0
+
+
+def test_a_mesh_may_have_axes_that_the_batch_is_not_split_over(folders):
+    devices = np.array(jax.devices()[:4]).reshape(2, 2)
+    settings = {"train_batch_size": 2, "per_device_batch_size": 1}
+    reward = PythonReward(lambda prompts, responses: [float(len(r)) for r in responses])
+    metrics = {
+        mesh: _trainer(folders, reward, mesh=mesh, **settings).train_step(_batch(2))
+        for mesh in (make_mesh(1), jax.sharding.Mesh(devices, ("data", "model")))
+    }
+    one, four = metrics.values()
+    for name in METRICS:
+        np.testing.assert_allclose(four[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("tokenizer", [None, words()], ids=["no tokenizer", "the policy's"])
+def test_a_reward_model_or_critic_with_fewer_ids_is_refused(folders, tokenizer):
+    policy = CausalLM.from_pretrained(folders / "sft")
+    small = CausalLM.init(jax.random.key(1), dataclasses.replace(SHAPE, vocab_size=23))
+    large = CausalLM.init(jax.random.key(1), dataclasses.replace(SHAPE, vocab_size=25))
+    config, python = _config(), PythonReward(lambda p, r: [0.0] * len(r))
+    # Made by hand where the tokenizer has more ids than the model.
+    reward = dataclasses.replace(RewardModel.on(small), tokenizer=tokenizer)
+    for wrong in (reward, ModelReward(reward.model)):
+        with pytest.raises(ValueError, match=r"reward_model has 23 .* that has 24.*PythonReward"):
+            PPOActorCritic(policy, wrong, config)
+    with pytest.raises(ValueError, match=r"critic_model has 23 .* that has 24"):
+        PPOActorCritic(policy, python, config, ValueModel.on(small.model.trunk))
+    PPOActorCritic(policy, RewardModel.on(large), config, ValueModel.on(large.model.trunk))
+    # Through text the sizes do not matter, and a model of another class does not have one.
+    other = dataclasses.replace(RewardModel.on(small), tokenizer=words(-1))
+    assert isinstance(PPOActorCritic(policy, other, config).reward(), PythonReward)
+    PPOActorCritic(policy, python, config, lambda tokens, mask: jnp.zeros(tokens.shape))
+
+
+def test_models_and_trainer_have_one_config(folders):
+    policy = CausalLM.from_pretrained(folders / "sft")
+    models = PPOActorCritic(policy, PythonReward(lambda p, r: [0.0] * len(r)), _config())
+    settings = {"actor_critic_model": models, "rng_key": jax.random.key(0), "mesh": make_mesh(1)}
+    with pytest.raises(ValueError, match=r"PPOActorCritic differs in gamma, kl_coeff; pass one"):
+        PPOTrainer(config=_config(gamma=0.9, kl_coeff=0.2), **settings)
+    PPOTrainer(config=_config(), **settings)
+
+
+def test_micro_batches_that_do_not_fit_the_devices_are_refused_before_a_step(folders):
+    with pytest.raises(ValueError, match="per_device_batch_size=3 on 1 devices"):
+        _trainer(folders, lambda rollout: rollout.lengths, per_device_batch_size=3)
 
 
 def test_legacy_keys_are_refused(folders):
