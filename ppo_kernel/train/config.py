@@ -4,9 +4,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+import equinox as eqx
 import optax
 
-from ..config import GenerationConfig, Hyperparams, IterationConfig
+from ..config import GenerationConfig, Hyperparams, IterationConfig, Range
 from ..learner import Learner
 from ..ops.kl import k1
 from ..types import KLEstimator
@@ -91,25 +92,40 @@ class PPOConfig:
     weight_decay: float = 0.0
 
     def __post_init__(self):
-        for name, limits in _RANGES.items():
+        for field in fields(self):
+            value, optional = getattr(self, field.name), field.type == int | None
+            left_out = optional and value is None
+            if (optional or field.type is int) and not (left_out or isinstance(value, int)):
+                raise ValueError(f"{field.name} must be a whole number, got {value!r}.")
+        for name in ("train_batch_size", "num_minibatches", "per_device_batch_size"):
             value = getattr(self, name)
-            if value is not None:
-                limits.check(name, value)
-        for name in _COUNTS:
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        Range(0).check("weight_decay", self.weight_decay)
+        if self.kl_target is not None and self.kl_coeff == 0.0:
+            raise ValueError(
+                f"kl_coeff=0 with kl_target={self.kl_target}: the controller multiplies the "
+                "coefficient, which would stay 0; start it above, or leave the target out."
+            )
+        try:
+            self._check_parts()
+        except ValueError as error:
+            name, _, rest = str(error).partition(" ")
+            raise ValueError(f"{_OUR_NAMES.get(name, name)} {rest}") from error
         if self.train_batch_size % (self.samples_per_prompt * self.num_minibatches):
             raise ValueError(
                 f"train_batch_size={self.train_batch_size} is not a multiple of "
                 f"samples_per_prompt={self.samples_per_prompt} * "
                 f"num_minibatches={self.num_minibatches}."
             )
-        if self.max_new_tokens is not None and self.max_new_tokens >= self.max_seq_len:
-            raise ValueError(
-                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in "
-                f"max_seq_len={self.max_seq_len}."
-            )
+
+    def _check_parts(self) -> None:
+        """Make the settings of the kernel once: each says what it refuses, by its own name."""
+        # Traced, so that no array is made: programs may yet choose their devices or types.
+        eqx.filter_eval_shape(lambda: self._hyperparams(1.0))
+        # The shortest prompt leaves the most room, and on as many devices as there are sequences
+        # every micro-batch fits: the rest is for the trainer to say.
+        self.iteration(self.generation(1, (), 0), num_devices=self.train_batch_size)
 
     @property
     def num_prompts(self) -> int:
@@ -119,7 +135,10 @@ class PPOConfig:
     def hyperparams(self, iteration: int = 0) -> Hyperparams:
         """The traced settings of an iteration."""
         schedule = self.learning_rate_schedule
-        factor = 1.0 if schedule is None else float(schedule(iteration))
+        return self._hyperparams(1.0 if schedule is None else float(schedule(iteration)))
+
+    def _hyperparams(self, factor: float) -> Hyperparams:
+        """With the learning rates multiplied by `factor`."""
         high = self.clip_ratio if self.clip_ratio_high is None else self.clip_ratio_high
         return Hyperparams(
             learning_rate_actor=self.learning_rate_actor * factor,
@@ -154,15 +173,14 @@ class PPOConfig:
         Raises:
             ValueError: prompt and response do not fit into `max_seq_len`.
         """
-        room = self.max_seq_len - prompt_width
-        new_tokens = room if self.max_new_tokens is None else self.max_new_tokens
-        if room < new_tokens or room < 1:
+        room, wanted = self.max_seq_len - prompt_width, self.max_new_tokens
+        if room < (1 if wanted is None else wanted):
             raise ValueError(
-                f"prompts of {prompt_width} slots and max_new_tokens={self.max_new_tokens} do not "
-                f"fit into max_seq_len={self.max_seq_len}; shorten the prompts or raise it."
+                f"a prompt of {prompt_width} slots and {wanted or 1} new tokens do not fit into "
+                f"max_seq_len={self.max_seq_len}; shorten the prompts or raise it."
             )
         return GenerationConfig(
-            max_new_tokens=new_tokens,
+            max_new_tokens=room if wanted is None else wanted,
             eos_token_ids=eos_token_ids,
             pad_token_id=pad_token_id,
             min_new_tokens=self.min_new_tokens,
@@ -212,20 +230,9 @@ class PPOConfig:
         return Learner(actor_optimizer=optimizer(), critic_optimizer=optimizer())
 
 
-_LIMITS = {field.name: field.metadata["range"] for field in fields(Hyperparams)}
-_OTHER_NAMES = {
-    "clip_ratio": "clip_ratio_low", "lambda_gae": "lam", "kl_coeff": "kl_coef",
-    "entropy_coeff": "entropy_coef", "value_coeff": "value_coef",
-    "max_grad_norm": "max_grad_norm_actor", "weight_decay": "learning_rate_actor",
+_OUR_NAMES = {
+    "clip_ratio_low": "clip_ratio", "lam": "lambda_gae", "kl_coef": "kl_coeff",
+    "entropy_coef": "entropy_coeff", "value_coef": "value_coeff",
+    "max_grad_norm_actor": "max_grad_norm", "num_epochs": "num_ppo_epochs",
 }  # fmt: skip
-_RANGES = {
-    field.name: _LIMITS[_OTHER_NAMES.get(field.name, field.name)]
-    for field in fields(PPOConfig)
-    if _OTHER_NAMES.get(field.name, field.name) in _LIMITS
-}
-"""Range of each number: that of the hyper-parameter it becomes."""
-
-_COUNTS = (
-    "num_ppo_epochs", "train_batch_size", "num_minibatches", "per_device_batch_size",
-    "samples_per_prompt", "max_seq_len", "max_new_tokens", "top_k", "decode_slots",
-)  # fmt: skip
+"""What a setting of the kernel is called here, where that differs."""

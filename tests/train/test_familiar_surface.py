@@ -10,7 +10,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
+import optax
 import pytest
 import tokenizers
 from tokenizers.models import WordLevel
@@ -222,15 +224,60 @@ def test_bad_batches_are_refused(folders):
         ({"gamma": 1.5}, "gamma must be .* at most 1, got 1.5"),
         ({"temperature": 0.0}, "temperature must be finite, above 0"),
         ({"learning_rate_actor": float("nan")}, "learning_rate_actor"),
-        ({"num_ppo_epochs": 0}, "num_ppo_epochs must be a whole number"),
-        ({"train_batch_size": 6, "num_minibatches": 4}, "not a multiple"),
-        ({"max_new_tokens": 512}, "leaves no room for a prompt"),
+        ({"lambda_gae": 1.5}, "^lambda_gae must be"),
+        ({"kl_coeff": -1.0}, "^kl_coeff must be"),
+        ({"entropy_coeff": float("inf")}, "^entropy_coeff must be"),
+        ({"value_coeff": -1.0}, "^value_coeff must be"),
+        ({"max_grad_norm": 0.0}, "^max_grad_norm must be"),
+        ({"weight_decay": -0.1}, "^weight_decay must be"),
         ({"dual_clip": 0.5}, "dual_clip must be"),
+        ({"kl_coeff": 0.0, "kl_target": 1.0}, "kl_coeff=0 with kl_target=1.0"),
+        ({"num_ppo_epochs": 0}, "^num_ppo_epochs must be at least 1"),
+        ({"num_minibatches": 0}, "num_minibatches must be at least 1"),
+        ({"train_batch_size": 0}, "train_batch_size must be at least 1"),
+        ({"per_device_batch_size": 0}, "per_device_batch_size must be at least 1"),
+        ({"train_batch_size": 6, "num_minibatches": 4}, "not a multiple"),
+        ({"max_new_tokens": 512}, "1 slots and 512 new tokens do not fit into max_seq_len=512"),
+        ({"max_seq_len": 1}, "1 slots and 1 new tokens do not fit into max_seq_len=1"),
+        ({"min_new_tokens": -3}, "min_new_tokens must be"),
+        ({"min_new_tokens": 600}, "min_new_tokens must be between 0 and max_new_tokens=511"),
+        ({"logprob_chunk_size": 0}, "logprob_chunk_size must be"),
+        ({"response_widths": (8, 4)}, "response_widths must be"),
+        ({"decode_slots": 3, "samples_per_prompt": 2}, "decode_slots must be a multiple"),
     ],
 )
 def test_bad_settings_are_refused_at_construction(changes, message):
     with pytest.raises(ValueError, match=message):
         PPOConfig(**changes)
+
+
+@pytest.mark.parametrize("changes", [{"num_ppo_epochs": 1.5}, {"max_seq_len": None}])
+def test_counts_are_whole_numbers(changes, monkeypatch):
+    # The shape checks of the tests would be first to say so.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=f"{next(iter(changes))} must be a whole number"):
+        PPOConfig(**changes)
+
+
+def test_settings_do_not_start_the_devices():
+    """A program may make them first, and choose its devices, or its processes, afterwards."""
+    code = """
+import jax
+from ppo_kernel import PPOConfig
+PPOConfig(kl_target=6.0, dual_clip=3.0)
+jax.config.update("jax_num_cpu_devices", 3)  # an error once they are there
+assert jax.device_count() == 3
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_a_schedule_may_be_one_of_optax():
+    config = PPOConfig(
+        learning_rate_actor=1.0, learning_rate_schedule=optax.linear_schedule(1, 0, 4)
+    )
+    rates = [float(config.hyperparams(i).learning_rate_actor) for i in (0, 1, 4)]
+    assert rates == [1.0, 0.75, 0.0]
 
 
 def test_gradient_accumulation_must_fit():
