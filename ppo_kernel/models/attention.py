@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from ..ops.masked import at_least_float32
+from ..ops.masked import at_least_float32, wide_einsum
 from .kv_cache import write_slots
 from .layers import Linear, RMSNorm, Rotation, for_few_rows, rotate, side_by_side
 
@@ -175,7 +175,7 @@ def _attend_forward(query, key, value, allowed):
     largest = jnp.max(logits, axis=2, keepdims=True)
     weights = jnp.exp(logits - largest)
     total = jnp.sum(weights, axis=2, keepdims=True)
-    mixed = at_least_float32(jnp.einsum("bksx,bkse->bkxe", weights.astype(value.dtype), value))
+    mixed = wide_einsum("bksx,bkse->bkxe", weights.astype(value.dtype), value)
     mixed = (mixed / _turned(total)).astype(value.dtype).reshape(query.shape)
     mixed, largest, total = (checkpoint_name(x, KEPT) for x in (mixed, largest, total))
     return mixed, (query, key, value, allowed, largest, total)
@@ -186,7 +186,7 @@ def _attend_backward(residuals, cotangent):
     weights = jnp.exp(_logits(query, key, allowed) - largest)
     share = (at_least_float32(_joint(cotangent)) / _turned(total)).astype(value.dtype)
     value_gradient = jnp.einsum("bksx,bkxe->bkse", weights.astype(value.dtype), share)
-    along = at_least_float32(jnp.einsum("bkse,bkxe->bksx", value, share))
+    along = wide_einsum("bkse,bkxe->bksx", value, share)
     # sum(p dp) and not its equal sum(do o): a query that sees one slot then has no gradient, and
     # not a rounding error, which an optimizer such as Adam would magnify.
     along -= jnp.sum(weights * along, axis=2, keepdims=True) / total
@@ -207,7 +207,7 @@ def _logits(query, key, allowed):
     where XLA's CPU backend would write it anew, turned around.
     """
     scale = query.shape[-1] ** -0.5
-    logits = at_least_float32(jnp.einsum("bkse,bkxe->bksx", key, _joint(query * scale)))
+    logits = wide_einsum("bkse,bkxe->bksx", key, _joint(query * scale))
     return jnp.where(_seen(allowed, query), logits, jnp.finfo(logits.dtype).min)
 
 
@@ -240,8 +240,8 @@ def attend_to_cache(
     Returns:
         The mixed values, shape of `query`.
     """
-    logits = at_least_float32((query * query.shape[-1] ** -0.5) @ keys)
+    logits = wide_einsum("bkge,bkes->bkgs", query * query.shape[-1] ** -0.5, keys)
     logits = jnp.where(mask[:, None, None], logits, jnp.finfo(logits.dtype).min)
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    mixed = at_least_float32(weights.astype(values.dtype) @ values)
+    mixed = wide_einsum("bkgs,bkse->bkge", weights.astype(values.dtype), values)
     return (mixed / jnp.sum(weights, axis=-1, keepdims=True)).astype(values.dtype)

@@ -5,6 +5,7 @@ from functools import partial
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 LARGE = 2**18
@@ -59,14 +60,18 @@ class LaidOut(eqx.Module):
         # The barrier keeps XLA from undoing the layout inside the loop.
         return cls(jax.lax.optimization_barrier(weight), strip)
 
-    def __call__(self, x: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
+    def __call__(
+        self, x: Float[Array, "rows in"], dtype: DTypeLike | None = None
+    ) -> Float[Array, "rows out"]:
+        """The product, in `dtype`; None for the type of `x`."""
+        plain = partial(_plain, dtype)
         if self.strip:
             form = partial(_in_strips, self.strip)
         elif x.shape[0] <= FEW and x.dtype == jnp.float32:
             form = _on_the_left
         else:
-            return _plain(x, self.weight)
-        return jax.lax.platform_dependent(x, self.weight, cpu=form, default=_plain)
+            return plain(x, self.weight)
+        return jax.lax.platform_dependent(x, self.weight, cpu=form, default=plain)
 
 
 def _strip_of(weight: Float[Array, "out in"]) -> int:
@@ -81,8 +86,8 @@ def _strip_of(weight: Float[Array, "out in"]) -> int:
     return 0
 
 
-def _plain(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
-    return x @ weight.T
+def _plain(dtype, x, weight):
+    return jnp.matmul(x, weight.T, preferred_element_type=dtype)
 
 
 def _on_the_left(x, weight):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ..ops.masked import at_least_float32
+from ..ops.masked import at_least_float32, wide_product, wider_type
 from .base import Cache, Decoder
 from .few_rows import LaidOut
 from .kv_cache import KVCache
@@ -48,11 +48,11 @@ class LanguageModel(eqx.Module):
 
     @jax.named_scope("unembed")
     def unembed(self, hidden: Float[Array, "C D"]) -> Float[Array, "C V"]:
-        """Logits of each row of `hidden`."""
+        """Logits of each row of `hidden`, at least float32."""
         matrix = self._matrix()
         if isinstance(matrix, LaidOut):
-            return matrix(hidden)
-        return hidden @ matrix.astype(hidden.dtype).T
+            return matrix(hidden, wider_type(hidden.dtype, jnp.float32))
+        return wide_product(hidden, matrix.astype(hidden.dtype))
 
     def for_decoding(self) -> "LanguageModel":
         """The same policy, its output matrix laid out; see `DecodingPolicy`."""

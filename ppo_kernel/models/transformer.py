@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from ..ops.masked import wider_type
 from .attention import KEPT, Attention, attend_causally
 from .base import Cache, Decoder
 from .kv_cache import KVCache
@@ -261,8 +262,8 @@ class Transformer(eqx.Module):
         return self.embedding[tokens].astype(self.config.compute_dtype)
 
     def _rotation(self, positions: Int[Array, "*batch"]) -> Rotation:
-        frequencies = self.config.rope_frequencies()
-        return rotation_of(positions, jnp.asarray(frequencies, jnp.result_type(float)))
+        dtype = wider_type(self.config.compute_dtype, jnp.float32)
+        return rotation_of(positions, jnp.asarray(self.config.rope_frequencies(), dtype))
 
 
 def cast_floating(tree, dtype: str):
