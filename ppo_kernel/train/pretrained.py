@@ -160,20 +160,17 @@ class RewardModel:
         *,
         param_dtype: str = "float32",
         compute_dtype: str | None = None,
-        cache_dtype: str | None = None,
         attention: Callable = attend_causally,
     ) -> "RewardModel":
         """Load a folder of a sequence classifier with one label.
 
-        Arguments as in `CausalLM.from_pretrained`.
+        Arguments as in `CausalLM.from_pretrained`; a reward model has no KV cache.
 
         Raises:
             FileNotFoundError: no such folder, or it has no config.json.
             ValueError: no classifier, one of several labels, or as in `CausalLM`.
         """
-        manifest, config, tokenizer = _open(
-            path, attention, param_dtype, compute_dtype, cache_dtype
-        )
+        manifest, config, tokenizer = _open(path, attention, param_dtype, compute_dtype)
         with WeightFiles(existing_folder(path)) as files:
             if "score.weight" not in files.names:
                 raise ValueError(
@@ -248,7 +245,7 @@ def _open(
     attention: Callable,
     param_dtype: str,
     compute_dtype: str | None,
-    cache_dtype: str | None,
+    cache_dtype: str | None = None,
 ) -> tuple[Manifest, TransformerConfig, Tokenizer | None]:
     folder = existing_folder(path)
     manifest = Manifest.read(folder)

@@ -126,6 +126,11 @@ def test_types_are_the_callers(tmp_path):
     lm = CausalLM.from_pretrained(tmp_path, compute_dtype="bfloat16", cache_dtype="float32")
     types = (lm.config.param_dtype, lm.config.compute_dtype, lm.config.cache_dtype)
     assert types == ("float32", "bfloat16", "float32")
+    RewardModel.on(lm).save_pretrained(tmp_path / "reward")
+    reward = RewardModel.from_pretrained(tmp_path / "reward", compute_dtype="bfloat16")
+    assert (reward.config.param_dtype, reward.config.compute_dtype) == ("float32", "bfloat16")
+    with pytest.raises(TypeError, match="cache_dtype"):
+        RewardModel.from_pretrained(tmp_path / "reward", cache_dtype="float32")
 
 
 def test_repr_tells_sizes_not_arrays():
