@@ -22,6 +22,8 @@ class TrainState(eqx.Module):
     Attributes:
         policy, critic: the models as they are now.
         actor_optimizer_state, critic_optimizer_state: moments, in at least float32.
+        actor_remainder, critic_remainder: what rounding took from parameters narrower than float32;
+            None for wider ones.
         key: never consumed: the noise of an iteration comes from (key, iteration).
         iteration: how many are done.
         kl_coef: the controller's coefficient; follows `Hyperparams.kl_coef` without a target.
@@ -31,6 +33,8 @@ class TrainState(eqx.Module):
     critic: Critic | ValueHead
     actor_optimizer_state: PyTree
     critic_optimizer_state: PyTree
+    actor_remainder: PyTree | None
+    critic_remainder: PyTree | None
     key: Key[Array, "*runs"]
     iteration: Int[Array, "*runs"]
     kl_coef: Float[Array, "*runs"]
@@ -79,6 +83,8 @@ class Learner:
             critic=copy(critic),
             actor_optimizer_state=copy(self.actor_optimizer.init(wide(_trainable(policy)))),
             critic_optimizer_state=copy(self.critic_optimizer.init(wide(_trainable(critic)))),
+            actor_remainder=_no_remainder(_trainable(policy)),
+            critic_remainder=_no_remainder(_trainable(critic)),
             key=jnp.copy(key),
             iteration=jnp.zeros((), jnp.int32),
             kl_coef=jnp.array(hyperparams.kl_coef),
@@ -112,8 +118,13 @@ def optimizer_step(
 
         g <- g min(1, max_grad_norm / |g|),   x <- x - learning_rate * direction(g)
 
+    Parameters narrower than float32 round off most of such steps. What they could not hold is kept
+    and added to the next one: x + remainder is the parameter in float32 (Kahan's sum, in Zamirai et
+    al. 2020, sec. 3.2).
+
     Args:
-        models, optimizer_states: of "actor" and "critic".
+        models: of "actor" and "critic".
+        optimizer_states: of each, moments and remainder.
         gradients: of one of them, or of both.
         sums: of the minibatch, for the metrics.
         hyperparams: learning rates and bounds of the gradient norms.
@@ -142,15 +153,28 @@ def optimizer_step(
 
 
 def _moved(model, state, gradient, rate, optimizer):
-    """The model after x <- x - rate * direction, and the optimizer's new state."""
+    """The model after x <- x - rate * direction, and the optimizer's new state and remainder."""
+    moments, remainder = state
+    exact = wide(model) if remainder is None else jax.tree.map(jnp.add, wide(model), remainder)
     # Optax mixes types on purpose; a caller's strict promotion is for our own code.
     with jax.numpy_dtype_promotion("standard"):
-        direction, state = optimizer.update(gradient, state, wide(model))
+        direction, moments = optimizer.update(gradient, moments, exact)
+    exact = jax.tree.map(lambda x, d: x - jnp.asarray(rate, d.dtype) * d, exact, direction)
+    if remainder is not None:
+        remainder = jax.tree.map(lambda x, old: x - _rounded(x, old.dtype), exact, model)
+    return jax.tree.map(lambda x, old: x.astype(old.dtype), exact, model), (moments, remainder)
 
-    def move(x, d):
-        return (at_least_float32(x) - jnp.asarray(rate, d.dtype) * d).astype(x.dtype)
 
-    return jax.tree.map(move, model, direction), state
+def _rounded(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
+    """`x` as `dtype` holds it. XLA may leave out a cast there and back, but never this."""
+    kept = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, kept.nexp, kept.nmant)
+
+
+def _no_remainder(model: PyTree) -> PyTree | None:
+    """Zeros for each parameter where some are narrower than float32."""
+    narrow = any(x.dtype != at_least_float32(x).dtype for x in jax.tree.leaves(model))
+    return jax.tree.map(jnp.zeros_like, wide(model)) if narrow else None
 
 
 def _select(condition: Bool[Array, ""], if_true: PyTree, if_false: PyTree) -> PyTree:

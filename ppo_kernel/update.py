@@ -120,14 +120,16 @@ def update(
         return carry, sums
 
     optimizer_states = {
-        "actor": state.actor_optimizer_state, "critic": state.critic_optimizer_state
-    }  # fmt: skip
+        "actor": (state.actor_optimizer_state, state.actor_remainder),
+        "critic": (state.critic_optimizer_state, state.critic_remainder),
+    }
     carry, sums = jax.lax.scan(one_step, (models, optimizer_states), order)
     float_type = kl_coef.dtype
     bad = [jnp.sum(~jnp.isfinite(x), dtype=float_type) for x in jax.tree.leaves(carry[0])]
-    models, optimizer_states = eqx.combine(carry[0], static), carry[1]
+    models = eqx.combine(carry[0], static)
+    (actor, actor_remainder), (critic, critic_remainder) = carry[1]["actor"], carry[1]["critic"]
     state = TrainState(
-        models["actor"], models["critic"], optimizer_states["actor"], optimizer_states["critic"],
+        models["actor"], models["critic"], actor, critic, actor_remainder, critic_remainder,
         state.key, state.iteration, state.kl_coef,
     )  # fmt: skip
     return state, _metrics(sums) | {"nonfinite_parameters": jnp.sum(jnp.stack(bad))}

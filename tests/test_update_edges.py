@@ -228,3 +228,28 @@ def test_weight_decay_of_bfloat16_parameters_is_computed_in_float32():
         wide = before.astype(jnp.float32)
         want = (wide - jnp.float32(0.1) * wide).astype(jnp.bfloat16)
         np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))
+
+
+def test_steps_below_the_last_digit_of_bfloat16_parameters_add_up():
+    """A step of 2e-5 is a twelfth of what moves a weight of 0.1 at all."""
+    policy = jax.tree.map(lambda x: x.astype(jnp.bfloat16), language_model())
+    ones = optax.GradientTransformation(
+        init=lambda parameters: (),
+        update=lambda gradients, state, parameters: (jax.tree.map(jnp.ones_like, gradients), state),
+    )
+    rate, epochs = 2e-5, 100
+    state, _ = updated(
+        experience(), policy=policy, learner=Learner(actor_optimizer=ones),
+        hyperparams=Hyperparams(learning_rate_actor=rate, learning_rate_critic=0.0),
+        num_epochs=epochs, num_minibatches=1,
+    )  # fmt: skip
+    leaves = map(jax.tree.leaves, (state.policy, state.actor_remainder, policy))
+    for got, remainder, before in zip(*leaves, strict=True):
+        want = np.asarray(before, np.float64) - epochs * rate
+        assert got.dtype == jnp.bfloat16
+        assert remainder.dtype == jnp.float32
+        np.testing.assert_allclose(
+            np.asarray(got, np.float64) + np.asarray(remainder, np.float64), want, atol=1e-5
+        )
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-8, atol=1e-5)
+    assert state.critic_remainder is None
