@@ -15,7 +15,7 @@ from ..models.base import Policy
 from ..rollout import generate
 from ..scoring import response_hidden, response_logprobs
 from ..types import Prompts, RewardFn, Rollout
-from .ppo import decode
+from .ppo import PythonReward, decode
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,10 @@ class Evaluator:
     Args:
         prompts: left-padded.
         reference: the frozen policy.
-        reward: scores a rollout; a JAX one is compiled with the sampling, a Python one is not.
+        reward: scores a rollout; a JAX one is compiled.
         tokenizer: ids to text.
         config: settings of the rollout.
         key: of the noise; used for every call, so that two policies are compared on equal draws.
-        traceable: whether the reward can be compiled.
     """
 
     def __init__(
@@ -64,15 +63,14 @@ class Evaluator:
         prompts: Prompts,
         *,
         reference: Policy,
-        reward: RewardFn,
+        reward: RewardFn | PythonReward,
         tokenizer: Tokenizer,
         config: GenerationConfig,
         key: Key[Array, ""],
-        traceable: bool = True,
     ):
-        self.prompts, self.reference, self.reward = prompts, reference, reward
+        self.prompts, self.reference = prompts, reference
         self.tokenizer, self.config, self.key = tokenizer, config, key
-        self._reward = eqx.filter_jit(reward) if traceable else reward
+        self._reward = reward if isinstance(reward, PythonReward) else eqx.filter_jit(reward)
         self._sample = eqx.filter_jit(self._sampled)
 
     def _sampled(self, policy: Policy, reference: Policy) -> tuple[Rollout, Float[Array, "B T"]]:

@@ -3,8 +3,10 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Key
 
 from ..io.tokenizer import left_pad
 from ..models.base import Policy
@@ -15,6 +17,19 @@ from .supervised import Report
 
 Evaluate = Callable[[Policy], dict[str, float]]
 """policy -> metrics on held-out prompts."""
+
+
+def random_streams(
+    seed: int, *, keys: int, generators: int
+) -> tuple[list[Key[Array, ""]], list[np.random.Generator]]:
+    """All randomness of a run, each stream apart from the others and from those of other seeds.
+
+    `seed + 1` would be apart from `seed`, but not from the first stream of the next run.
+    """
+    return (
+        list(jax.random.split(jax.random.key(seed), keys)),
+        [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(generators)],
+    )
 
 
 def reporter(stage: str, num_steps: int, *, display: Display, run: RunFolder) -> Report:
@@ -29,7 +44,12 @@ def reporter(stage: str, num_steps: int, *, display: Display, run: RunFolder) ->
 
 
 def prompt_batches(
-    prompts: Sequence[Sequence[int]], batch_size: int, *, pad_id: int, width: int, seed: int
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    *,
+    pad_id: int,
+    width: int,
+    rng: np.random.Generator,
 ) -> Iterator[PPOBatch]:
     """Endless batches of prompts, every one once an epoch, in a new order each.
 
@@ -38,7 +58,6 @@ def prompt_batches(
     """
     if len(prompts) < batch_size:
         raise ValueError(f"{len(prompts)} prompts do not fill one batch of {batch_size}.")
-    rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(len(prompts))
         for start in range(0, len(order) - batch_size + 1, batch_size):
@@ -55,7 +74,7 @@ def ppo_stage(
     num_iterations: int,
     display: Display,
     run: RunFolder,
-    seed: int,
+    rng: np.random.Generator,
     evaluate: Evaluate | None = None,
     evaluate_every: int = 10,
 ) -> None:
@@ -63,7 +82,7 @@ def ppo_stage(
     config = trainer.config
     data = prompt_batches(
         prompts, config.num_prompts, pad_id=trainer.policy_model.pad_token_id, width=width,
-        seed=seed,
+        rng=rng,
     )  # fmt: skip
     display.stage("ppo", num_iterations)
     judged: dict[str, float] = {}

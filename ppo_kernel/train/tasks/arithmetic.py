@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 from tokenizers import decoders
 from tokenizers.models import BPE
 
@@ -29,7 +29,7 @@ from ..ppo import PPOActorCritic, PPOTrainer, PythonReward
 from ..pretrained import CausalLM
 from ..run_folder import RunFolder
 from ..sft import next_token_logprobs
-from ..stages import ppo_stage, reporter
+from ..stages import ppo_stage, random_streams, reporter
 from ..supervised import Batch, FitConfig, batches, fit
 
 EOS = "</s>"
@@ -106,9 +106,8 @@ def make_tokenizer() -> Tokenizer:
     return Tokenizer.of(backend, eos_token=EOS, pad_token=EOS)
 
 
-def split_problems(settings: ArithmeticSettings, seed: int) -> Problems:
+def split_problems(settings: ArithmeticSettings, rng: np.random.Generator) -> Problems:
     """All problems, split at random; a pair of operands is in one part in both orders."""
-    rng = np.random.default_rng(seed)
     low, high = settings.operands
     pairs = [(a, b) for a in range(low, high + 1) for b in range(a, high + 1)]
     bounds = np.cumsum([settings.sft_share, settings.held_out_share]) * len(pairs)
@@ -147,11 +146,16 @@ class Examiner:
         problems: what is asked.
         reference: the KL is measured from it.
         tokenizer: of the policy.
-        seed: of the sampling noise; used for every call.
+        key: of the sampling noise; used for every call.
     """
 
     def __init__(
-        self, problems: Sequence[Problem], *, reference: Policy, tokenizer: Tokenizer, seed: int
+        self,
+        problems: Sequence[Problem],
+        *,
+        reference: Policy,
+        tokenizer: Tokenizer,
+        key: Key[Array, ""],
     ):
         prompts = as_prompts(
             tokenizer.encode([question(problem) for problem in problems]),
@@ -167,8 +171,7 @@ class Examiner:
                 config=GenerationConfig(
                     ANSWER_WIDTH, (tokenizer.id_of(EOS),), tokenizer.id_of(EOS), top_k=top_k
                 ),
-                key=jax.random.key(seed),
-                traceable=False,
+                key=key,
             )
 
         self.sampled, self.greedy = evaluator(None), evaluator(1)
@@ -193,19 +196,29 @@ def answer_loss(policy: Policy, parts: tuple[Batch, ...]) -> Float[Array, ""]:
 
 
 def fit_sft(
-    problems: Problems, settings: ArithmeticSettings, display: Display, run: RunFolder, seed: int
+    problems: Problems,
+    settings: ArithmeticSettings,
+    display: Display,
+    run: RunFolder,
+    *,
+    key: Key[Array, ""],
+    rng: np.random.Generator,
 ) -> CausalLM:
-    """Stage 1: problems with their answers, from random weights, until about half is right."""
+    """Stage 1: problems with their answers, from random weights, until about half is right.
+
+    Consumes `key`; `rng` orders the problems.
+    """
     tokenizer = make_tokenizer()
-    model = CausalLM.init(jax.random.key(seed), settings.policy, tokenizer=tokenizer)
+    model_key, examiner_key = jax.random.split(key)
+    model = CausalLM.init(model_key, settings.policy, tokenizer=tokenizer)
     texts = [f"{question(problem)}{sum(problem)}" for problem in problems.sft]
     sequences = [[*ids, tokenizer.id_of(EOS)] for ids in tokenizer.encode(texts)]
     asked = problems.ppo[: settings.num_stop_problems]
-    examiner = Examiner(asked, reference=model.model, tokenizer=tokenizer, seed=seed + 2)
+    examiner = Examiner(asked, reference=model.model, tokenizer=tokenizer, key=examiner_key)
     trained = fit(
         model.model,
         answer_loss,
-        batches(sequences, [0.0] * len(sequences), settings.sft, np.random.default_rng(seed + 1)),
+        batches(sequences, [0.0] * len(sequences), settings.sft, rng),
         settings.sft,
         report=reporter("sft", settings.sft.num_steps, display=display, run=run),
         report_every=10,
@@ -219,21 +232,26 @@ def run_arithmetic(
 ) -> dict[str, float]:
     """The whole job; returns the figures that are also printed."""
     settings = settings or ArithmeticSettings()
-    problems = split_problems(settings, seed)
+    (sft_key, examiner_key, ppo_key), (split_rng, sft_rng, ppo_rng) = random_streams(
+        seed, keys=3, generators=3
+    )
+    problems = split_problems(settings, split_rng)
     run.config(task="arithmetic", seed=seed, settings=settings)
-    sft = fit_sft(problems, settings, display, run, seed)
+    sft = fit_sft(problems, settings, display, run, key=sft_key, rng=sft_rng)
     tokenizer = make_tokenizer()
-    examiner = Examiner(problems.held_out, reference=sft.model, tokenizer=tokenizer, seed=seed + 3)
+    examiner = Examiner(
+        problems.held_out, reference=sft.model, tokenizer=tokenizer, key=examiner_key
+    )
     before = examiner.sampled(sft.model), examiner.greedy(sft.model)
     trainer = PPOTrainer(
         config=settings.ppo,
         actor_critic_model=PPOActorCritic(sft, PythonReward(exact), settings.ppo),
-        rng_key=jax.random.key(seed + 4),
+        rng_key=ppo_key,
     )
     ppo_stage(
         trainer, tokenizer.encode([question(problem) for problem in problems.ppo]),
         width=PROMPT_WIDTH, num_iterations=settings.num_iterations, display=display, run=run,
-        seed=seed, evaluate=examiner,
+        rng=ppo_rng, evaluate=examiner,
     )  # fmt: skip
     policy = trainer.policy.model
     after = examiner.sampled(policy), examiner.greedy(policy)

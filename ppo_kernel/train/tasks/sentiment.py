@@ -8,9 +8,9 @@ seen. The VADER scorer, which the training never sees, judges the result.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import jax
 import numpy as np
 import tokenizers
+from jaxtyping import Array, Key
 from tokenizers import decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -28,7 +28,7 @@ from ..pretrained import CausalLM, RewardModel
 from ..reward_model import pair_accuracy, reward_model_loss, ridge_baseline, score_sequences
 from ..run_folder import RunFolder
 from ..sft import next_token_loss, perplexity
-from ..stages import ppo_stage, reporter
+from ..stages import ppo_stage, random_streams, reporter
 from ..supervised import FitConfig, batches, fit
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -99,14 +99,16 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     return Tokenizer.of(backend, eos_token=EOS, pad_token=PAD, bos_token=BOS)
 
 
-def prepare(ratings: Sequence[RatedText], settings: SentimentSettings, seed: int) -> Data:
+def prepare(
+    ratings: Sequence[RatedText], settings: SentimentSettings, rng: np.random.Generator
+) -> Data:
     """Split the texts nine to one; the tokenizer is made from the larger part.
 
     Each distinct text, and each review or article that texts were cut from, is on one side.
     """
     unique = list({rated.text.lower(): rated for rated in ratings}.values())
     sources = sorted({rated.source for rated in unique})
-    picked = np.random.default_rng(seed).permutation(len(sources))[: len(sources) // 10]
+    picked = rng.permutation(len(sources))[: len(sources) // 10]
     held_out_sources = {sources[i] for i in picked}
     held_out = [rated for rated in unique if rated.source in held_out_sources]
     train = [rated for rated in unique if rated.source not in held_out_sources]
@@ -139,27 +141,38 @@ def augment(tokens: Sequence[int], rng: np.random.Generator, dropped_id: int) ->
     return np.where(missing, dropped_id, tokens).tolist()
 
 
-def fit_sft(data: Data, settings: SentimentSettings, display: Display, run: RunFolder, seed: int):
-    """Stage 1: a language model of movie-review snippets, from random weights."""
-    model = CausalLM.init(jax.random.key(seed), settings.policy, tokenizer=data.tokenizer)
+def fit_sft(
+    data: Data,
+    settings: SentimentSettings,
+    display: Display,
+    run: RunFolder,
+    *,
+    key: Key[Array, ""],
+    rng: np.random.Generator,
+) -> CausalLM:
+    """Stage 1: a language model of movie-review snippets, from random weights; consumes `key`."""
+    model = CausalLM.init(key, settings.policy, tokenizer=data.tokenizer)
     report = reporter("sft", settings.sft.num_steps, display=display, run=run)
-    rng = np.random.default_rng(seed + 1)
     stream = batches(data.train_movies, [0.0] * len(data.train_movies), settings.sft, rng)
     trained = fit(model.model, next_token_loss, stream, settings.sft, report=report)
     return model.with_model(trained)
 
 
 def fit_reward_model(
-    data: Data, settings: SentimentSettings, display: Display, run: RunFolder, seed: int
+    data: Data,
+    settings: SentimentSettings,
+    display: Display,
+    run: RunFolder,
+    *,
+    key: Key[Array, ""],
+    rng: np.random.Generator,
 ) -> RewardModel:
-    """Stage 2: Bradley-Terry on all pairs of human-rated texts of a batch."""
-    start = RewardModel.on(
-        CausalLM.init(jax.random.key(seed + 2), settings.reward_model, tokenizer=data.tokenizer)
-    )
+    """Stage 2: Bradley-Terry on all pairs of human-rated texts of a batch; consumes `key`."""
+    start = RewardModel.on(CausalLM.init(key, settings.reward_model, tokenizer=data.tokenizer))
     report = reporter("reward model", settings.reward.num_steps, display=display, run=run)
     dropped = data.tokenizer.id_of(DROPPED)
     stream = batches(
-        data.train, data.train_ratings, settings.reward, np.random.default_rng(seed + 3),
+        data.train, data.train_ratings, settings.reward, rng,
         augment=lambda tokens, rng: augment(tokens, rng, dropped),
     )  # fmt: skip
     trained = fit(start.model, reward_model_loss, stream, settings.reward, report=report)
@@ -201,10 +214,9 @@ class Judge:
 
 
 def split_prompts(
-    data: Data, settings: SentimentSettings, seed: int
+    data: Data, settings: SentimentSettings, rng: np.random.Generator
 ) -> tuple[list[list[int]], list[list[int]]]:
     """(prompts to train on, prompts to evaluate on): the first words of held-out movie snippets."""
-    rng = np.random.default_rng(seed + 4)
     low, high = settings.prompt_tokens
     movies = [data.held_out[i] for i in np.flatnonzero(data.held_out_domains == "movie")]
     # BOS and at least one token must be left to write before EOS.
@@ -223,20 +235,23 @@ def run_sentiment(
         RuntimeError, ValueError: the data cannot be had or is not what it should be.
     """
     settings = settings or SentimentSettings()
-    data = prepare(load_ratings(), settings, seed)
+    keys, generators = random_streams(seed, keys=4, generators=5)
+    sft_key, reward_key, ppo_key, evaluator_key = keys
+    split_rng, sft_rng, reward_rng, prompt_rng, ppo_rng = generators
+    data = prepare(load_ratings(), settings, split_rng)
     run.config(task="sentiment", seed=seed, settings=settings)
-    sft = fit_sft(data, settings, display, run, seed)
+    sft = fit_sft(data, settings, display, run, key=sft_key, rng=sft_rng)
     movies = np.flatnonzero(data.held_out_domains == "movie")
     held_out_perplexity = perplexity(sft.model, [data.held_out[i] for i in movies], width=64)
-    reward_model = fit_reward_model(data, settings, display, run, seed)
+    reward_model = fit_reward_model(data, settings, display, run, key=reward_key, rng=reward_rng)
     accuracy = reward_model_report(reward_model, data)
     _print_accuracy(display, accuracy)
 
-    train_prompts, evaluation_prompts = split_prompts(data, settings, seed)
+    train_prompts, evaluation_prompts = split_prompts(data, settings, prompt_rng)
     trainer = PPOTrainer(
         config=settings.ppo,
         actor_critic_model=PPOActorCritic(sft, reward_model, settings.ppo),
-        rng_key=jax.random.key(seed + 5),
+        rng_key=ppo_key,
     )
     evaluator = Evaluator(
         as_prompts(evaluation_prompts, pad_id=sft.pad_token_id, width=PROMPT_SLOTS),
@@ -244,13 +259,13 @@ def run_sentiment(
         reward=ModelReward(reward_model.model),
         tokenizer=data.tokenizer,
         config=GenerationConfig(NEW_TOKENS, sft.eos_token_ids, sft.pad_token_id),
-        key=jax.random.key(seed + 6),
+        key=evaluator_key,
     )
     judge = Judge()
     before = evaluator(sft.model)
     ppo_stage(
         trainer, train_prompts, width=PROMPT_SLOTS,
-        num_iterations=settings.num_iterations, display=display, run=run, seed=seed,
+        num_iterations=settings.num_iterations, display=display, run=run, rng=ppo_rng,
         evaluate=lambda policy: _judged(evaluator(policy), judge),
     )  # fmt: skip
     after = evaluator(trainer.policy.model)
