@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from ..ops.masked import at_least_float32, wide_einsum
+from ..ops.masked import at_least_float32
+from ..ops.products import wide_einsum
 from .kv_cache import write_slots
 from .layers import Linear, RMSNorm, Rotation, for_few_rows, rotate, side_by_side
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ..ops.masked import at_least_float32, wide_product, wider_type
+from ..ops.masked import at_least_float32, wider_type
+from ..ops.products import wide_product
 from .base import Cache, Decoder
 from .few_rows import LaidOut
 from .kv_cache import KVCache

@@ -19,45 +19,6 @@ def at_least_float32(x: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:
     return x.astype(wider_type(x.dtype, jnp.float32))
 
 
-def wide_einsum(
-    subscripts: str, x: Inexact[Array, "*some"], y: Inexact[Array, "*others"]
-) -> Float[Array, "*shape"]:
-    """`jnp.einsum` of two arrays, its sums in at least float32 and not rounded to their type."""
-    wide = wider_type(wider_type(x.dtype, y.dtype), jnp.float32)
-    return jnp.einsum(subscripts, x, y, preferred_element_type=wide)
-
-
-def wide_product(
-    x: Float[Array, "rows in"], weight: Float[Array, "out in"]
-) -> Float[Array, "rows out"]:
-    """x W^T in at least float32: logits in bfloat16 would be off by 0.06 where they are 16.
-
-    The products of its gradient take operands of the type of `x`. Where that is narrower than
-    float32, forward-mode derivatives alone do not exist.
-    """
-    if x.dtype == wider_type(x.dtype, jnp.float32):
-        return x @ weight.T
-    return _wide_product(x, weight)
-
-
-@jax.custom_vjp
-def _wide_product(x, weight):
-    return wide_einsum("ri,oi->ro", x, weight)
-
-
-def _wide_product_forward(x, weight):
-    return _wide_product(x, weight), (x, weight)
-
-
-def _wide_product_backward(residuals, gradient):
-    x, weight = residuals
-    gradient = gradient.astype(x.dtype)
-    return gradient @ weight, gradient.T @ x
-
-
-_wide_product.defvjp(_wide_product_forward, _wide_product_backward)
-
-
 def masked_sum(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
     """Sum of `x` where `mask` holds; what stands elsewhere, NaN included, does not enter.
 
