@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def load_ratings(cache: Path | None = None) -> list[RatedText]:
         cache: folder of the archive; None takes `cache_folder()`.
 
     Raises:
-        RuntimeError: pip cannot fetch the archive.
+        RuntimeError: pip cannot fetch the archive, or it fetched another one.
         ValueError: the archive is not the published one, or holds something unexpected.
     """
     archive = _fetch(cache or cache_folder())
@@ -70,9 +71,7 @@ def _fetch(cache: Path) -> Path:
     archive = cache / ARCHIVE
     if not archive.is_file():
         cache.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--no-binary", ":all:", "--dest", str(cache), REQUIREMENT]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = _download(cache)
         if done.returncode or not archive.is_file():
             raise RuntimeError(
                 f"could not fetch {REQUIREMENT} (pip exit code {done.returncode}):\n"
@@ -85,6 +84,25 @@ def _fetch(cache: Path) -> Path:
             "file. Delete it to fetch it again."
         )
     return archive
+
+
+def _download(cache: Path) -> subprocess.CompletedProcess[str]:
+    """Let pip fetch the archive, from wherever it is set up to fetch packages."""
+    with tempfile.TemporaryDirectory() as folder:
+        # pip runs code of a source distribution to learn its metadata. With a hash, which only a
+        # file can give, it compares before it unpacks.
+        requirements = Path(folder) / "requirements.txt"
+        requirements.write_text(f"{REQUIREMENT} --hash=sha256:{ARCHIVE_SHA256}\n", "utf-8")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += [
+            "--no-binary",
+            ":all:",
+            "--dest",
+            str(cache),
+            "--requirement",
+            str(requirements),
+        ]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def _open(archive: tarfile.TarFile, name: str) -> io.BytesIO:

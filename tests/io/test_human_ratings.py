@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import tarfile
 
 import pytest
@@ -72,6 +73,47 @@ def test_texts_ratings_domains_and_sources_are_read(archive):
 def test_unexpected_content_is_refused(archive, line, message):
     with pytest.raises(ValueError, match=message):
         human_ratings.load_ratings(archive(LINES | {"movie": line}))
+
+
+BACKEND = b"""
+import os, pathlib
+pathlib.Path(os.environ["MARKER"]).touch()
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    info = pathlib.Path(folder) / "vaderSentiment-3.1.1.dist-info"
+    info.mkdir()
+    lines = "Metadata-Version: 2.1", "Name: vaderSentiment", "Version: 3.1.1", ""
+    (info / "METADATA").write_text("\\n".join(lines))
+    return info.name
+"""
+PROJECT = b"""
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+"""
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_nothing_of_another_archive_is_run_by_the_download(tmp_path, monkeypatch, published):
+    """pip finds a source distribution of the right name, whose build code leaves a mark."""
+    top = "vaderSentiment-3.1.1"
+    data = _tar({f"{top}/pyproject.toml": PROJECT, f"{top}/backend.py": BACKEND})
+    found, cache, marker = (tmp_path / name for name in ("found", "cache", "marker"))
+    found.mkdir()
+    (found / human_ratings.ARCHIVE).write_bytes(data)
+    for name, value in (("NO_INDEX", "1"), ("FIND_LINKS", str(found)), ("CONFIG_FILE", os.devnull)):
+        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.setenv("MARKER", str(marker))
+    if published:
+        monkeypatch.setattr(human_ratings, "ARCHIVE_SHA256", hashlib.sha256(data).hexdigest())
+        with pytest.raises(ValueError, match="has no file"):
+            human_ratings.load_ratings(cache)
+        assert (cache / human_ratings.ARCHIVE).read_bytes() == data
+    else:
+        with pytest.raises(RuntimeError, match=r"(?s)could not fetch.*HASHES"):
+            human_ratings.load_ratings(cache)
+        assert not (cache / human_ratings.ARCHIVE).exists()
+    assert marker.exists() == published, "what it runs, it has compared"
 
 
 def test_another_archive_is_refused(archive):
