@@ -29,7 +29,8 @@ class Demo:
 
 def demo(arguments: Demo) -> None:
     """Run the task with a live view."""
-    # Imported here, so that --help answers at once.
+    # Imported here: --help waits for JAX, as the package does, but not for TensorBoard and what the
+    # tasks need, which take longer.
     from .train.display import Display
     from .train.evaluate import device_description
     from .train.run_folder import RunFolder
