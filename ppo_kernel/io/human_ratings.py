@@ -94,14 +94,8 @@ def _download(cache: Path) -> subprocess.CompletedProcess[str]:
         requirements = Path(folder) / "requirements.txt"
         requirements.write_text(f"{REQUIREMENT} --hash=sha256:{ARCHIVE_SHA256}\n", "utf-8")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += [
-            "--no-binary",
-            ":all:",
-            "--dest",
-            str(cache),
-            "--requirement",
-            str(requirements),
-        ]
+        command += ["--no-binary", ":all:", "--dest", str(cache)]
+        command += ["--requirement", str(requirements)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
