@@ -88,23 +88,27 @@ def decode_loop(text: str) -> str:
     return max((body for body in loop_bodies(text) if " while(" not in body), key=len)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("width", [64, 1024], ids=["plain products", "matrices laid out"])
-def test_the_decode_loop_copies_neither_weights_nor_cache(width):
-    policy = tiny.language_model(hidden_size=width, intermediate_size=width + 32, head_dim=16)
+def test_the_decode_loop_copies_neither_weights_nor_cache(width, kv_heads):
+    policy = tiny.language_model(
+        hidden_size=width, intermediate_size=width + 32, head_dim=16, num_kv_heads=kv_heads
+    )
     config = GenerationConfig(max_new_tokens=40, eos_token_ids=(1,))
     lowered = eqx.filter_jit(generate).lower(
         policy, tiny.prompts(), jax.random.key(0), config=config
     )
     body = decode_loop(lowered.compile().compiled.as_text())
-    smallest_matrix = width * 32
+    smallest = min(width * 16 * kv_heads, 8 * kv_heads * 16 * 48)
     for line in body.splitlines():
         match = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = \w+\[([\d,]*)\]\S* ([\w\-]+)\(", line)
         if match is None or not match.group(1):
             continue
         size = np.prod([int(n) for n in match.group(1).split(",")])
         if match.group(2) in ("copy", "transpose", "dynamic-slice", "slice", "convert"):
-            assert size < smallest_matrix, line
-    assert_written_in_place(body, policy, ["[8,2,16,48]", "[8,2,48,16]"])
+            assert size < smallest, line
+    heads = "2," * (kv_heads > 1)
+    assert_written_in_place(body, policy, [f"[8,{heads}16,48]", f"[8,{heads}48,16]"])
 
 
 def assert_written_in_place(body: str, policy, buffers: list[str]) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..ops.masked import at_least_float32
 from ..ops.products import wide_einsum
-from .kv_cache import write_slots
+from .kv_cache import without_lone_head, write_slots
 from .layers import Linear, RMSNorm, Rotation, for_few_rows, rotate, side_by_side
 
 
@@ -68,9 +68,8 @@ class Attention(eqx.Module):
     def decoder(self) -> Callable:
         """One token a row against the cache; asked for once, outside the decode loop.
 
-        It takes rows [B, D], their rotation, the buffers of keys [B, K, E, S] and of values
-        [B, K, S, E], their mask [B, S] and the slot to write, and returns rows [B, D] and the
-        buffers with the slot written.
+        It takes rows [B, D], their rotation, the buffers of a layer (see `KVCache`), their mask
+        [B, S] and the slot to write, and returns rows [B, D] and the buffers with the slot written.
         """
         inputs = for_few_rows(self.query, self.key, self.value)
         output = for_few_rows(self.output)
@@ -79,16 +78,15 @@ class Attention(eqx.Module):
         def apply(
             x: Float[Array, "B D"],
             rotation: Rotation,
-            keys: Float[Array, "B K E S"],
-            values: Float[Array, "B K S E"],
+            keys: Float[Array, "B *K E S"],
+            values: Float[Array, "B *K S E"],
             mask: Bool[Array, "B S"],
             slot: Int[Array, ""],
-        ) -> tuple[Float[Array, "B D"], Float[Array, "B K E S"], Float[Array, "B K S E"]]:
+        ) -> tuple[Float[Array, "B D"], Float[Array, "B *K E S"], Float[Array, "B *K S E"]]:
             query, key, value = self._by_head(inputs(x), rotation)
+            query, key, value = map(without_lone_head, (self._grouped(query), key, value))
             keys, values = write_slots(keys, values, key, value, slot)
-            mixed = attend_to_cache(
-                self._grouped(query), keys.astype(x.dtype), values.astype(x.dtype), mask
-            )
+            mixed = attend_to_cache(query, keys.astype(x.dtype), values.astype(x.dtype), mask)
             return output(mixed.reshape(x.shape[0], -1))[0], keys, values
 
         return apply
@@ -226,11 +224,11 @@ def _turned(x: Array) -> Array:
 
 
 def attend_to_cache(
-    query: Float[Array, "B K group E"],
-    keys: Float[Array, "B K E S"],
-    values: Float[Array, "B K S E"],
+    query: Float[Array, "B *K group E"],
+    keys: Float[Array, "B *K E S"],
+    values: Float[Array, "B *K S E"],
     mask: Bool[Array, "B S"],
-) -> Float[Array, "B K group E"]:
+) -> Float[Array, "B *K group E"]:
     """`attend` of one query a head, to keys that lie as the cache has them; no gradient needed.
 
     Args:
@@ -241,8 +239,9 @@ def attend_to_cache(
     Returns:
         The mixed values, shape of `query`.
     """
-    logits = wide_einsum("bkge,bkes->bkgs", query * query.shape[-1] ** -0.5, keys)
-    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(logits.dtype).min)
+    logits = wide_einsum("...ge,...es->...gs", query * query.shape[-1] ** -0.5, keys)
+    seen = jnp.expand_dims(mask, range(1, logits.ndim - 1))
+    logits = jnp.where(seen, logits, jnp.finfo(logits.dtype).min)
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    mixed = wide_einsum("bkgs,bkse->bkge", weights.astype(values.dtype), values)
+    mixed = wide_einsum("...gs,...se->...ge", weights.astype(values.dtype), values)
     return (mixed / jnp.sum(weights, axis=-1, keepdims=True)).astype(values.dtype)

@@ -17,12 +17,13 @@ class KVCache(eqx.Module):
 
     `keys[l]` and `values[l]` are separate arrays, so that a decode step writes each in place. Both
     lie as the products that read them want their right operand: the axis that is summed over first.
-    `mask` says which slots hold a token, `positions` is the position of each row's next token,
+    A single head has no axis: XLA would drop it for those products, and write and copy the buffers
+    in both shapes. `mask` says which slots hold a token, `positions` is the position of each row's next token,
     `slot` the index of the next free slot, `prompt_width` the first one of the ring.
     """
 
-    keys: tuple[Float[Array, "B K E S"], ...]
-    values: tuple[Float[Array, "B K S E"], ...]
+    keys: tuple[Float[Array, "B *K E S"], ...]
+    values: tuple[Float[Array, "B *K S E"], ...]
     mask: Bool[Array, "B S"]
     positions: Int[Array, " B"]
     slot: Int[Array, ""]
@@ -52,9 +53,14 @@ class KVCache(eqx.Module):
 
         more = _whole_vectors(capacity) - length
         return cls(
-            keys=tuple(_pad(keys[i].transpose(0, 2, 3, 1), 3, more) for i in range(layers)),
-            values=tuple(_pad(values[i].swapaxes(1, 2), 2, more) for i in range(layers)),
-            mask=_pad(mask, 1, more),
+            keys=tuple(
+                _pad(without_lone_head(keys[i].transpose(0, 2, 3, 1)), -1, more)
+                for i in range(layers)
+            ),
+            values=tuple(
+                _pad(without_lone_head(values[i].swapaxes(1, 2)), -2, more) for i in range(layers)
+            ),
+            mask=_pad(mask, -1, more),
             positions=jnp.sum(mask, axis=1, dtype=jnp.int32),
             slot=jnp.asarray(length, jnp.int32),
             prompt_width=length,
@@ -74,9 +80,9 @@ class KVCache(eqx.Module):
             raise ValueError(f"a cache of {before} slots cannot grow to {capacity}.")
         return replace(
             self,
-            keys=tuple(_pad(x, 3, more) for x in self.keys),
-            values=tuple(_pad(x, 2, more) for x in self.values),
-            mask=_pad(self.mask, 1, more),
+            keys=tuple(_pad(x, -1, more) for x in self.keys),
+            values=tuple(_pad(x, -2, more) for x in self.values),
+            mask=_pad(self.mask, -1, more),
             slot=jnp.where(jnp.any(self.mask[:, -1]), before, self.slot),
         )
 
@@ -87,7 +93,7 @@ class KVCache(eqx.Module):
         return replace(self, mask=mask)
 
     def close_slot(
-        self, keys: list[Float[Array, "B K E S"]], values: list[Float[Array, "B K S E"]]
+        self, keys: list[Float[Array, "B *K E S"]], values: list[Float[Array, "B *K S E"]]
     ) -> "KVCache":
         """The cache after every layer has written its slot."""
         last = self.slot == self.mask.shape[1] - 1
@@ -98,18 +104,23 @@ class KVCache(eqx.Module):
 
 
 def write_slots(
-    keys: Float[Array, "B K E S"],
-    values: Float[Array, "B K S E"],
-    key: Float[Array, "B K E"],
-    value: Float[Array, "B K E"],
+    keys: Float[Array, "B *K E S"],
+    values: Float[Array, "B *K S E"],
+    key: Float[Array, "B *K E"],
+    value: Float[Array, "B *K E"],
     slot: Int[Array, ""],
-) -> tuple[Float[Array, "B K E S"], Float[Array, "B K S E"]]:
+) -> tuple[Float[Array, "B *K E S"], Float[Array, "B *K S E"]]:
     """The buffers of a layer with one more entry, at `slot`; XLA does it in place inside a loop."""
     write = jax.lax.dynamic_update_slice_in_dim
     return (
-        write(keys, key[:, :, :, None].astype(keys.dtype), slot, axis=3),
-        write(values, value[:, :, None].astype(values.dtype), slot, axis=2),
+        write(keys, key[..., None].astype(keys.dtype), slot, axis=keys.ndim - 1),
+        write(values, value[..., None, :].astype(values.dtype), slot, axis=values.ndim - 2),
     )
+
+
+def without_lone_head(x: Float[Array, "B K *rest"]) -> Float[Array, "B *some"]:
+    """`x`, without its axis of heads where there is one head."""
+    return jnp.squeeze(x, axis=1) if x.shape[1] == 1 else x
 
 
 def _whole_vectors(slots: int) -> int:
@@ -118,4 +129,4 @@ def _whole_vectors(slots: int) -> int:
 
 
 def _pad(x: Array, axis: int, more: int) -> Array:
-    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(-x.ndim, 0)])
