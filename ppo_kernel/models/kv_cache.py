@@ -18,8 +18,8 @@ class KVCache(eqx.Module):
     `keys[l]` and `values[l]` are separate arrays, so that a decode step writes each in place. Both
     lie as the products that read them want their right operand: the axis that is summed over first.
     A single head has no axis: XLA would drop it for those products, and write and copy the buffers
-    in both shapes. `mask` says which slots hold a token, `positions` is the position of each row's next token,
-    `slot` the index of the next free slot, `prompt_width` the first one of the ring.
+    in both shapes. `mask` says which slots hold a token, `positions` is the position of each row's
+    next token, `slot` the index of the next free slot, `prompt_width` the first one of the ring.
     """
 
     keys: tuple[Float[Array, "B *K E S"], ...]
