@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .ops.checks import check_shape
 from .ops.masked import at_least_float32, wider_type
 from .types import Scalar
 
@@ -36,7 +37,13 @@ def gae(
 
     Returns:
         (advantages, returns), at least float32, 0 where `mask` is false.
+
+    Raises:
+        ValueError: shapes that differ.
     """
+    check_shape("rewards", rewards, mask.shape)
+    check_shape("values", values, mask.shape)
+    check_shape("bootstrap_values", bootstrap_values, mask.shape[:1])
     dtype = wider_type(at_least_float32(rewards).dtype, values.dtype)
     rewards, values = rewards.astype(dtype), values.astype(dtype)
     gamma, lam = jnp.asarray(gamma, dtype), jnp.asarray(lam, dtype)

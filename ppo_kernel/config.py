@@ -35,6 +35,8 @@ class Range(NamedTuple):
         """
         if isinstance(value, Tracer):
             return
+        if not np.issubdtype(np.asarray(value).dtype, np.number) or np.iscomplexobj(value):
+            raise ValueError(f"{name} must be a real number, got {value!r}.")
         number = np.asarray(value, np.float64)
         inside = (number > self.low) if self.above else (number >= self.low)
         if not (np.isfinite(number) & inside & (number <= self.high)).all():
@@ -42,6 +44,20 @@ class Range(NamedTuple):
             high = f", at most {self.high:g}"
             bounds = low * (self.low > -math.inf) + high * (self.high < math.inf)
             raise ValueError(f"{name} must be finite{bounds}, got {value}.")
+
+
+def check_whole(name: str, value: int | None, *, least: int = 1, optional: bool = False) -> None:
+    """Refuse what is not a whole number of at least `least`, or None where `optional`.
+
+    Raises:
+        ValueError: names the setting and the value.
+    """
+    if value is None and optional:
+        return
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least:
+        none = ", or None" if optional else ""
+        raise ValueError(f"{name} must be a whole number of at least {least}{none}; got {value!r}.")
 
 
 def _setting(name: str, default: float | None, limits: Range, *, optional: bool = False) -> Any:
@@ -53,11 +69,11 @@ def _setting(name: str, default: float | None, limits: Range, *, optional: bool 
         limits.check(name, x)
         return jnp.asarray(x, jnp.result_type(float))
 
-    return eqx.field(default=default, converter=strong, metadata={"range": limits})
+    return eqx.field(default=default, converter=strong)
 
 
-_ANY, _NOT_NEGATIVE, _POSITIVE = Range(), Range(0), Range(0, above=True)
-_FRACTION, _SHARE = Range(0, 1), Range(0, 1, above=True)
+_ANY, _NOT_NEGATIVE, POSITIVE = Range(), Range(0), Range(0, above=True)
+FRACTION, SHARE = Range(0, 1), Range(0, 1, above=True)
 
 
 class Hyperparams(eqx.Module):
@@ -86,28 +102,28 @@ class Hyperparams(eqx.Module):
 
     learning_rate_actor: Scalar = _setting("learning_rate_actor", 1e-5, _NOT_NEGATIVE)
     learning_rate_critic: Scalar = _setting("learning_rate_critic", 1e-5, _NOT_NEGATIVE)
-    clip_ratio_low: Scalar = _setting("clip_ratio_low", 0.2, _FRACTION)
+    clip_ratio_low: Scalar = _setting("clip_ratio_low", 0.2, FRACTION)
     clip_ratio_high: Scalar = _setting("clip_ratio_high", 0.2, _NOT_NEGATIVE)
     dual_clip: Scalar | None = _setting("dual_clip", None, Range(1, above=True), optional=True)
-    value_clip: Scalar | None = _setting("value_clip", 0.2, _POSITIVE, optional=True)
-    gamma: Scalar = _setting("gamma", 1.0, _FRACTION)
-    lam: Scalar = _setting("lam", 0.95, _FRACTION)
+    value_clip: Scalar | None = _setting("value_clip", 0.2, POSITIVE, optional=True)
+    gamma: Scalar = _setting("gamma", 1.0, FRACTION)
+    lam: Scalar = _setting("lam", 0.95, FRACTION)
     kl_coef: Scalar = _setting("kl_coef", 0.05, _NOT_NEGATIVE)
-    kl_target: Scalar | None = _setting("kl_target", None, _POSITIVE, optional=True)
-    kl_horizon: Scalar = _setting("kl_horizon", 10_000.0, _POSITIVE)
+    kl_target: Scalar | None = _setting("kl_target", None, POSITIVE, optional=True)
+    kl_horizon: Scalar = _setting("kl_horizon", 10_000.0, POSITIVE)
     entropy_coef: Scalar = _setting("entropy_coef", 0.0, _ANY)
     value_coef: Scalar = _setting("value_coef", 1.0, _NOT_NEGATIVE)
-    temperature: Scalar = _setting("temperature", 1.0, _POSITIVE)
-    top_p: Scalar | None = _setting("top_p", None, _SHARE, optional=True)
-    min_p: Scalar | None = _setting("min_p", None, _FRACTION, optional=True)
+    temperature: Scalar = _setting("temperature", 1.0, POSITIVE)
+    top_p: Scalar | None = _setting("top_p", None, SHARE, optional=True)
+    min_p: Scalar | None = _setting("min_p", None, FRACTION, optional=True)
     max_grad_norm_actor: Scalar | None = _setting(
-        "max_grad_norm_actor", 1.0, _POSITIVE, optional=True
+        "max_grad_norm_actor", 1.0, POSITIVE, optional=True
     )
     max_grad_norm_critic: Scalar | None = _setting(
-        "max_grad_norm_critic", 1.0, _POSITIVE, optional=True
+        "max_grad_norm_critic", 1.0, POSITIVE, optional=True
     )
     missing_eos_penalty: Scalar = _setting("missing_eos_penalty", 0.0, _ANY)
-    score_clip: Scalar | None = _setting("score_clip", None, _POSITIVE, optional=True)
+    score_clip: Scalar | None = _setting("score_clip", None, POSITIVE, optional=True)
 
 
 @dataclass(frozen=True)
@@ -139,30 +155,30 @@ class GenerationConfig:
     decode_slots: int | None = None
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+        for name in ("max_new_tokens", "samples_per_prompt"):
+            check_whole(name, getattr(self, name))
+        for name in ("top_k", "decode_slots"):
+            check_whole(name, getattr(self, name), optional=True)
+        check_whole("min_new_tokens", self.min_new_tokens, least=0)
+        if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
-                f"min_new_tokens must be between 0 and max_new_tokens={self.max_new_tokens}, "
+                f"min_new_tokens must be at most max_new_tokens={self.max_new_tokens}, "
                 f"got {self.min_new_tokens}."
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or None for no limit; got {self.top_k}.")
-        if self.samples_per_prompt < 1:
+        if self.decode_slots is not None and self.decode_slots % self.samples_per_prompt:
             raise ValueError(
-                f"samples_per_prompt must be at least 1, got {self.samples_per_prompt}."
+                "decode_slots must be a multiple of samples_per_prompt="
+                f"{self.samples_per_prompt}, or None for the whole batch; got {self.decode_slots}."
             )
-        slots, samples = self.decode_slots, self.samples_per_prompt
-        if slots is not None and (slots < 1 or slots % samples):
+        if not isinstance(self.eos_token_ids, tuple):
             raise ValueError(
-                f"decode_slots must be a multiple of samples_per_prompt={samples} of at least 1, "
-                f"or None for the whole batch; got {slots}."
+                f"eos_token_ids must be a tuple such as (2,), got {self.eos_token_ids!r}."
             )
-        if any(i < 0 for i in (*self.eos_token_ids, self.pad_token_id)):
-            raise ValueError(
-                "token ids cannot be negative, got "
-                f"eos_token_ids={self.eos_token_ids}, pad_token_id={self.pad_token_id}."
-            )
+        for token_id in self.eos_token_ids:
+            check_whole("eos_token_ids", token_id, least=0)
+        check_whole("pad_token_id", self.pad_token_id, least=0)
+        if self.pad_token_id > np.iinfo(np.int32).max:
+            raise ValueError(f"pad_token_id must fit into int32, got {self.pad_token_id}.")
 
 
 @dataclass(frozen=True)
@@ -206,13 +222,25 @@ class IterationConfig:
     response_widths: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for name in ("num_epochs", "num_minibatches", "microbatch_size", "logprob_chunk_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        widths = (0, *self.response_widths)
-        if any(narrow >= wide for narrow, wide in pairwise(widths)):
+        if not isinstance(self.generation, GenerationConfig):
+            raise ValueError(f"generation must be a GenerationConfig, got {self.generation!r}.")
+        for name in ("num_epochs", "num_minibatches"):
+            check_whole(name, getattr(self, name))
+        for name in ("microbatch_size", "logprob_chunk_size"):
+            check_whole(name, getattr(self, name), optional=True)
+        if not isinstance(self.response_widths, tuple):
             raise ValueError(
-                "response_widths must be numbers of at least 1 in ascending order, got "
-                f"{self.response_widths}."
+                f"response_widths must be a tuple such as (64, 128), got {self.response_widths!r}."
             )
+        for width in self.response_widths:
+            check_whole("response_widths", width)
+        if any(narrow >= wide for narrow, wide in pairwise(self.response_widths)):
+            raise ValueError(f"response_widths must be ascending, got {self.response_widths}.")
+        for name in ("reward_kl", "loss_kl", "reduction"):
+            function, optional = getattr(self, name), name != "reduction"
+            if not callable(function) and not (function is None and optional):
+                none = ", or None" if optional else ""
+                raise ValueError(
+                    f"{name} must be a function such as ops.kl.k1 or ops.masked.token_mean{none}; "
+                    f"got {function!r}."
+                )

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from .config import Hyperparams, IterationConfig
 from .learner import Learner, wide
 from .losses import is_clipped
+from .ops.checks import check_shape
 from .ops.kl import is_clamped, k3
 from .ops.masked import masked_sum
 from .scoring import critic_values, response_hidden, response_logprobs, response_values
@@ -46,7 +47,8 @@ def minibatch_gradients(
         (gradients by side, in at least float32; sums over valid tokens for the metrics).
 
     Raises:
-        ValueError: the minibatch does not divide into micro-batches.
+        ValueError: the minibatch does not divide into micro-batches; a loss or the weights have
+            another shape than the mask.
     """
     rows = len(minibatch.returns)
     size = min(config.microbatch_size or rows, rows)
@@ -60,6 +62,7 @@ def minibatch_gradients(
         order = jnp.argsort(minibatch.rollout.lengths)
         minibatch = jax.tree.map(lambda x: x[order], minibatch)
     weights = config.reduction(minibatch.rollout.mask)
+    check_shape("what reduction returns", weights, minibatch.rollout.mask.shape)
 
     def loss(trained, part: tuple[Experience, Float[Array, "m T"]]):
         whole = eqx.combine(models | trained, static)
@@ -137,6 +140,7 @@ def _critic_loss(values, part: Experience, weights, hyperparams, learner):
         clean(values), clean(part.old_values), clean(part.returns),
         value_clip=hyperparams.value_clip,
     )  # fmt: skip
+    check_shape("what value_loss returns", losses, values.shape)
     return jnp.sum(clean(weights) * losses)
 
 
@@ -154,6 +158,7 @@ def _actor_loss(
     policy_losses = learner.policy_loss(
         logprobs, old_logprobs, advantages, **clip, dual_clip=hyperparams.dual_clip
     )
+    check_shape("what policy_loss returns", policy_losses, logprobs.shape)
     log_ratios = logprobs - clean(part.reference_logprobs)
     steps = logprobs - old_logprobs
     weighted = {

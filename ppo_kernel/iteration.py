@@ -17,6 +17,7 @@ from .config import Hyperparams, IterationConfig
 from .learner import Learner, TrainState, current_kl_coef
 from .metrics import nonfinite_counts, rollout_metrics
 from .models.base import Policy
+from .ops.checks import check_shape
 from .ops.masked import at_least_float32, whiten, wider_type
 from .rewards import adaptive_kl_coef, token_rewards
 from .rollout import generate
@@ -102,9 +103,13 @@ def learn(
 
     Returns:
         (state, metrics) of the next iteration.
+
+    Raises:
+        ValueError: scores or advantages of a wrong shape; sizes that do not divide.
     """
     pinned = pin(mesh, "batch")
     rollout, frozen = collected.rollout, collected.scores
+    check_shape("scores", scores, rollout.lengths.shape, rollout.tokens.shape)
     scores = pinned(at_least_float32(scores))
     log_ratios = collected.old_logprobs - frozen.reference_logprobs
     kl_coef = current_kl_coef(state, hyperparams)
@@ -119,6 +124,8 @@ def learn(
         rewards, frozen.values, rollout.mask, bootstrap_values,
         gamma=hyperparams.gamma, lam=hyperparams.lam,
     )  # fmt: skip
+    check_shape("advantages of the estimator", advantages, rollout.tokens.shape)
+    check_shape("returns of the estimator", returns, rollout.tokens.shape)
     metrics = rollout_metrics(rollout, scores, log_ratios, frozen.values, returns, rewards)
     metrics |= nonfinite_counts(rollout, collected.old_logprobs, frozen, scores)
     if config.whiten_advantages:
@@ -214,7 +221,8 @@ def compile_iteration(
     Arguments as in `ppo_iteration`. Arrays must be on the mesh already: see `sharding.place`.
 
     Raises:
-        ValueError: when called, what `ppo_iteration` raises; from `steps`, prompts not stacked.
+        ValueError: when called, what `ppo_iteration` raises; a state that was consumed or shares
+            arrays with another argument; from `steps`, prompts not stacked.
     """
     parts = {"config": config, "mesh": mesh}
     second = parts | {"learner": learner, "advantage_estimator": advantage_estimator}
@@ -248,11 +256,18 @@ def compile_iteration(
         state, metrics = learn(state, *inputs, **second)
         return at_rest(state), metrics
 
+    def consuming(function: Callable) -> Callable:
+        def call(state, *inputs):
+            _check_own(state, inputs)
+            return function(inputs, state)
+
+        return call
+
     return CompiledIteration(
-        step=lambda state, *inputs: step(inputs, state),
-        steps=lambda state, *inputs: steps(inputs, state),
+        step=consuming(step),
+        steps=consuming(steps),
         collect=first_half,
-        learn=lambda state, *inputs: second_half(inputs, state),
+        learn=consuming(second_half),
         lower=lambda state, *inputs: step.lower(inputs, state).lowered,
     )
 
@@ -281,6 +296,25 @@ def compiler_options(mesh: Mesh | None = None) -> dict[str, bool | str]:
         "xla_cpu_copy_insertion_use_region_analysis": True,
         "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     }
+
+
+def _check_own(state: TrainState, inputs: tuple) -> None:
+    """Refuse a state that is not there any more, or that shares arrays with another argument."""
+
+    def concrete(tree) -> list[jax.Array]:
+        leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+        return [x for x in leaves if not isinstance(x, jax.core.Tracer)]
+
+    own = concrete(state)
+    if any(x.is_deleted() for x in own):
+        raise ValueError(
+            "this state was consumed by an earlier call; go on with the state that it returned."
+        )
+    if {id(x) for x in own} & {id(x) for x in concrete(inputs)}:
+        raise ValueError(
+            "the state is consumed, but shares arrays with another argument; pass the models that "
+            "Learner.init was given as reference or reward, or copies."
+        )
 
 
 def _in_a_row(iterate: Callable, state: TrainState, reference, batches: Prompts, *others):
@@ -329,11 +363,10 @@ def _traced_scores(reward: RewardFn, rollout: Rollout) -> Float[Array, "..."]:
     if re.search(r"\b(\w+_callback|debug_print)\[", str(jaxpr)):
         raise ValueError(f"reward {reward!r} calls back to Python, {remedy}")
     (scores,) = jax.extend.core.jaxpr_as_fun(jaxpr)(*jax.tree.leaves(rollout))
-    if scores.shape not in (rollout.lengths.shape, rollout.tokens.shape):
-        raise ValueError(
-            f"reward must return one score a sequence {rollout.lengths.shape} or one a token "
-            f"{rollout.tokens.shape}, got shape {scores.shape}."
-        )
+    check_shape(
+        "the scores of a reward (one a sequence, or one a token)", scores,
+        rollout.lengths.shape, rollout.tokens.shape,
+    )  # fmt: skip
     return scores.astype(wider_type(scores.dtype, jnp.float32))
 
 

@@ -72,7 +72,12 @@ class Learner:
 
         Returns:
             A `TrainState` with fresh moments, iteration 0.
+
+        Raises:
+            ValueError: an optimizer that applies its own learning rate and sign.
         """
+        _check_direction("actor_optimizer", self.actor_optimizer, _trainable(policy))
+        _check_direction("critic_optimizer", self.critic_optimizer, _trainable(critic))
 
         def copy(tree: PyTree) -> PyTree:
             return jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, tree)
@@ -88,6 +93,20 @@ class Learner:
             key=jnp.copy(key),
             iteration=jnp.zeros((), jnp.int32),
             kl_coef=jnp.array(hyperparams.kl_coef),
+        )
+
+
+def _check_direction(name: str, optimizer: optax.GradientTransformation, model: PyTree) -> None:
+    """Refuse what points against a gradient of ones: subtracted, it would go uphill."""
+    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
+        ones = jax.tree.map(lambda x: jnp.ones((1,) * x.ndim, at_least_float32(x).dtype), model)
+        direction, _ = optimizer.update(ones, optimizer.init(ones), ones)
+        along = sum(float(jnp.sum(x)) for x in jax.tree.leaves(direction))
+    if along < 0.0:
+        raise ValueError(
+            f"{name} applies a learning rate and a sign of its own, as optax.adam(1e-5) does; pass "
+            "what gives the direction alone, such as optax.scale_by_adam(). The rates are those of "
+            "Hyperparams."
         )
 
 

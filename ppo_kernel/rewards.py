@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .ops.checks import check_shape
 from .ops.masked import at_least_float32, wider_type
 from .types import KLEstimator, Scalar
 
@@ -38,7 +39,13 @@ def token_rewards(
 
     Returns:
         Rewards [B, T], at least float32, 0 where `mask` is false.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
     """
+    check_shape("scores", scores, mask.shape[:1], mask.shape)
+    check_shape("log_ratios", log_ratios, mask.shape)
+    check_shape("terminated", terminated, mask.shape[:1])
     log_ratios = at_least_float32(log_ratios)
     dtype = wider_type(scores.dtype, log_ratios.dtype)
     scores = scores.astype(dtype)

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from .config import GenerationConfig
+from .config import FRACTION, POSITIVE, SHARE, GenerationConfig, check_whole
 from .continuous import decode_queue
 from .decode import Drawn, decode_batch
 from .models.base import Cache, DecodingPolicy, GrowingPolicy, Policy
+from .ops.checks import check_shape
 from .ops.logprobs import token_logprobs
 from .ops.masked import at_least_float32
 from .ops.sampling import ban_tokens, restrict_logits, sample_tokens, sampling_noise
@@ -51,17 +52,23 @@ def generate(
         A `Rollout` of B = N * G sequences and T = `config.max_new_tokens` response slots.
 
     Raises:
-        ValueError: `noise` has another shape than [B, T, 2], an EOS id is outside the vocabulary,
-            `min_new_tokens` bans all of it, or slots and prompts do not divide over the queues.
+        ValueError: prompts or `noise` of a wrong shape or type, a number out of its range, an EOS
+            id outside the vocabulary, `min_new_tokens` bans all of it, or slots and prompts do not
+            divide over the queues.
     """
+    _check_prompts(prompts)
+    POSITIVE.check("temperature", temperature)
+    for name, value, limits in (("top_p", top_p, SHARE), ("min_p", min_p, FRACTION)):
+        if value is not None:
+            limits.check(name, value)
+    check_whole("queues", queues)
     samples, length = config.samples_per_prompt, config.max_new_tokens
     rows, width = prompts.tokens.shape[0] * samples, prompts.tokens.shape[1]
     first_ids, offsets = prompts.sample_ids * samples, jnp.arange(samples, dtype=jnp.int32)
     sample_ids = (first_ids[:, None] + offsets.astype(first_ids.dtype)[None]).reshape(-1)
     if noise is None:
         noise = sampling_noise(key, sample_ids, length)
-    if noise.shape != (rows, length, 2):
-        raise ValueError(f"noise must have shape {(rows, length, 2)}, got {noise.shape}.")
+    check_shape("noise", noise, (rows, length, 2))
     if isinstance(policy, DecodingPolicy):
         policy = policy.for_decoding()
 
@@ -93,6 +100,21 @@ def generate(
         logprobs=logprobs,
         behaviour_logprobs=behaviour_logprobs,
     )
+
+
+def _check_prompts(prompts: Prompts) -> None:
+    tokens, mask, sample_ids = prompts.tokens, prompts.mask, prompts.sample_ids
+    if tokens.ndim != 2 or not tokens.size:
+        raise ValueError(
+            f"prompts.tokens must be [N, P], one prompt and one slot at least; got {tokens.shape}."
+        )
+    check_shape("prompts.mask", mask, tokens.shape)
+    check_shape("prompts.sample_ids", sample_ids, tokens.shape[:1])
+    kinds = {"tokens": jnp.integer, "mask": bool, "sample_ids": jnp.integer}
+    for name, kind in kinds.items():
+        x = getattr(prompts, name)
+        if not jnp.issubdtype(x.dtype, kind):
+            raise ValueError(f"prompts.{name} must be of type {kind.__name__}, got {x.dtype}.")
 
 
 def _sample(

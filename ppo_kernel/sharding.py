@@ -52,10 +52,17 @@ def shards(mesh: Mesh | None, logical_axis: str) -> int:
     """Into how many parts the mesh splits what lies by row `logical_axis`; 1 without a mesh.
 
     Raises:
-        ValueError: an unknown logical axis.
+        ValueError: an unknown logical axis, or one whose mesh axis the mesh has not.
     """
     axis = _mesh_axis(logical_axis)
-    return 1 if mesh is None or axis is None else mesh.shape[axis]
+    if mesh is None or axis is None:
+        return 1
+    if axis not in mesh.shape:
+        raise ValueError(
+            f"the mesh has the axes {mesh.axis_names}, but {logical_axis!r} lies along {axis!r}: "
+            "name one so, or change that row of MESH_AXES."
+        )
+    return mesh.shape[axis]
 
 
 def sharding_of(shape: tuple[int, ...], mesh: Mesh, logical_axis: str | None) -> NamedSharding:

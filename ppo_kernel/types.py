@@ -31,8 +31,8 @@ class Prompts(eqx.Module):
     Attributes:
         tokens: ids, left-padded.
         mask: which slots hold a token.
-        sample_ids: the caller's, distinct within a batch: the noise of a prompt's samples depends
-            on its id, not on its place in the batch.
+        sample_ids: the caller's, distinct within a batch, below 2^31 / G for G samples a prompt:
+            the noise of a prompt's samples depends on its id, not on its place in the batch.
     """
 
     tokens: Int[Array, "N P"]

@@ -28,6 +28,9 @@ def test_names_come_from_the_table():
         sharding.named_sharding(mesh, "batch", "batch")
     with pytest.raises(ValueError, match="asked for 9 devices"):
         sharding.make_mesh(9)
+    rows = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("rows",))
+    with pytest.raises(ValueError, match=r"axes \('rows',\), but 'batch' lies along 'data'"):
+        sharding.place(jnp.zeros(2), rows, "batch")
 
 
 def test_a_batch_is_split_by_its_leading_axis():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import equinox as eqx
 import optax
 
-from ..config import GenerationConfig, Hyperparams, IterationConfig, Range
+from ..config import GenerationConfig, Hyperparams, IterationConfig, Range, check_whole
 from ..learner import Learner
 from ..ops.kl import k1
 from ..types import KLEstimator
@@ -93,14 +93,9 @@ class PPOConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value, optional = getattr(self, field.name), field.type == int | None
-            left_out = optional and value is None
-            if (optional or field.type is int) and not (left_out or isinstance(value, int)):
-                raise ValueError(f"{field.name} must be a whole number, got {value!r}.")
-        for name in ("train_batch_size", "num_minibatches", "per_device_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+            if field.type in (int, int | None):
+                least, optional = int(field.name != "min_new_tokens"), field.type is not int
+                check_whole(field.name, getattr(self, field.name), least=least, optional=optional)
         Range(0).check("weight_decay", self.weight_decay)
         if self.kl_target is not None and self.kl_coeff == 0.0:
             raise ValueError(
