@@ -48,13 +48,13 @@ def test_static_settings_of_an_iteration(name, value):
 
 @pytest.mark.parametrize("widths", [(1.5,), (0, 2), (4, 4), (8, 2)])
 def test_widths_that_are_none_or_do_not_ascend(widths):
-    with pytest.raises(ValueError, match="^response_widths must be"):
+    with pytest.raises(ValueError, match=r"^response_widths must be"):
         IterationConfig(tiny.generation(), response_widths=widths)
 
 
 @pytest.mark.parametrize("value", ["0.2", True, 1j, None])
 def test_hyper_parameters_that_are_no_numbers(value):
-    with pytest.raises(ValueError, match="^gamma must be a real number, got"):
+    with pytest.raises(ValueError, match=r"^gamma must be a real number, got"):
         Hyperparams(gamma=value)
 
 
