@@ -11,6 +11,7 @@ from .iteration import Collected as Collected
 from .iteration import CompiledIteration as CompiledIteration
 from .iteration import collect as collect
 from .iteration import compile_iteration as compile_iteration
+from .iteration import iteration_keys as iteration_keys
 from .iteration import learn as learn
 from .iteration import ppo_iteration as ppo_iteration
 from .learner import Learner as Learner
@@ -41,9 +42,9 @@ from .train.config import PPOConfig as PPOConfig
 from .train.ppo import PPOActorCritic as PPOActorCritic
 from .train.ppo import PPOBatch as PPOBatch
 from .train.ppo import PPOTrainer as PPOTrainer
-from .train.ppo import PythonReward as PythonReward
 from .train.pretrained import CausalLM as CausalLM
 from .train.pretrained import RewardModel as RewardModel
+from .train.text_reward import PythonReward as PythonReward
 from .types import Experience as Experience
 from .types import Prompts as Prompts
 from .types import Rollout as Rollout

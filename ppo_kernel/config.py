@@ -35,9 +35,10 @@ class Range(NamedTuple):
         """
         if isinstance(value, Tracer):
             return
-        if not np.issubdtype(np.asarray(value).dtype, np.number) or np.iscomplexobj(value):
+        number = np.asarray(value)
+        if number.dtype.kind in "bcSUO":
             raise ValueError(f"{name} must be a real number, got {value!r}.")
-        number = np.asarray(value, np.float64)
+        number = number.astype(np.float64)
         inside = (number > self.low) if self.above else (number >= self.low)
         if not (np.isfinite(number) & inside & (number <= self.high)).all():
             low = f", {'above' if self.above else 'at least'} {self.low:g}"
@@ -55,7 +56,7 @@ def check_whole(name: str, value: int | None, *, least: int = 1, optional: bool 
     if value is None and optional:
         return
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < least:
+    if not whole or value is None or value < least:
         none = ", or None" if optional else ""
         raise ValueError(f"{name} must be a whole number of at least {least}{none}; got {value!r}.")
 

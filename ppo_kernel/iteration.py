@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.extend
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
@@ -41,6 +42,19 @@ class Collected(eqx.Module):
     scores: Scores
 
 
+def iteration_keys(state: TrainState) -> tuple[Key[Array, ""], Key[Array, ""]]:
+    """The keys of the rollout and of the update in this iteration.
+
+    Args:
+        state: has the key of the run, and the iteration.
+
+    Returns:
+        (for `generate`, for `update`).
+    """
+    rollout_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.iteration))
+    return rollout_key, update_key
+
+
 def collect(
     state: TrainState,
     reference: Policy,
@@ -65,7 +79,7 @@ def collect(
     """
     pinned, whole = pin(mesh, "batch"), pin(mesh, None)
     policy = whole(state.policy)
-    rollout_key, _ = _keys(state)
+    rollout_key, _ = iteration_keys(state)
     rollout = pinned(
         generate(
             policy, pinned(prompts), rollout_key,
@@ -134,7 +148,7 @@ def learn(
         rollout, collected.old_logprobs, frozen.reference_logprobs, frozen.values,
         advantages, returns,
     )  # fmt: skip
-    _, update_key = _keys(state)
+    _, update_key = iteration_keys(state)
     state, update_metrics = update(
         state, pinned(experience), update_key, hyperparams,
         config=config, learner=learner, mesh=mesh,
@@ -303,7 +317,7 @@ def _check_own(state: TrainState, inputs: tuple) -> None:
 
     def concrete(tree) -> list[jax.Array]:
         leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
-        return [x for x in leaves if not isinstance(x, jax.core.Tracer)]
+        return [x for x in leaves if not isinstance(x, Tracer)]
 
     own = concrete(state)
     if any(x.is_deleted() for x in own):
@@ -336,12 +350,6 @@ def _in_a_row(iterate: Callable, state: TrainState, reference, batches: Prompts,
 
     arrays, metrics = jax.lax.scan(body, arrays, batches)
     return eqx.combine(arrays, static), metrics
-
-
-def _keys(state: TrainState) -> tuple[Key[Array, ""], Key[Array, ""]]:
-    """(rollout key, update key) of this iteration."""
-    rollout_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.iteration))
-    return rollout_key, update_key
 
 
 def _traced_scores(reward: RewardFn, rollout: Rollout) -> Float[Array, "..."]:

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import tiny
 
@@ -22,8 +21,6 @@ def test_the_five_stages_run_as_shown():
         "reference": policy,
         "critic": tiny.value_model(),
         "prompts": tiny.prompts(),
-        "key": jax.random.key(0),
-        "update_key": jax.random.key(1),
         "generation": tiny.generation(),
         "config": tiny.iteration_config(),
         "hyperparams": hyperparams,

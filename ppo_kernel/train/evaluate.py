@@ -15,7 +15,7 @@ from ..models.base import Policy
 from ..rollout import generate
 from ..scoring import response_hidden, response_logprobs
 from ..types import Prompts, RewardFn, Rollout
-from .ppo import PythonReward, decode
+from .text_reward import PythonReward, decode
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The familiar surface: a trainer over the pure functions, a few lines each."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import equinox as eqx
@@ -9,20 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, ArrayLike, Bool, Int, Key, UInt32
 
+from ..advantages import gae
 from ..io.checkpoint import load_checkpoint, save_checkpoint
-from ..io.tokenizer import Tokenizer
 from ..iteration import CompiledIteration, compile_iteration
-from ..models.heads import ValueModel
+from ..learner import Learner
+from ..models.heads import LanguageModel, ValueModel
 from ..scoring import ModelReward
 from ..sharding import make_mesh, place, shards
-from ..types import Prompts, RewardFn, Rollout
+from ..types import AdvantageEstimator, Prompts, RewardFn
 from .config import PPOConfig
 from .pretrained import CausalLM, RewardModel
-
-TextReward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
-"""(prompts, responses) as text -> one score a response; plain Python."""
+from .text_reward import PythonReward
 
 _NONFINITE = {
     "nonfinite_scores": "scores of the reward",
@@ -31,51 +30,6 @@ _NONFINITE = {
     "nonfinite_parameters": "parameters after the update",
 }
 """Counters that stop a run, and what they count."""
-
-
-@dataclass(frozen=True)
-class PythonReward:
-    """A reward that is plain Python: it runs between the two compiled halves.
-
-    Attributes:
-        score: (prompts, responses) -> one finite float a response.
-        tokenizer: turns the rollout's ids into text; None takes the policy's.
-    """
-
-    score: TextReward
-    tokenizer: Tokenizer | None = None
-
-    def __call__(self, rollout: Rollout) -> Float[Array, " B"]:
-        """Scores of a concrete rollout.
-
-        Raises:
-            ValueError: there is no tokenizer, or a wrong number of scores, or one not finite.
-        """
-        if self.tokenizer is None:
-            raise ValueError(
-                "this PythonReward has no tokenizer; pass PythonReward(score, tokenizer)."
-            )
-        prompts = decode(self.tokenizer, rollout.prompt_tokens, rollout.prompt_mask)
-        responses = decode(self.tokenizer, rollout.tokens, rollout.mask)
-        scores = np.asarray(self.score(prompts, responses), np.float64)
-        if scores.shape != (len(responses),):
-            raise ValueError(
-                f"the reward returned shape {scores.shape} for {len(responses)} responses; "
-                "it must return one float for each."
-            )
-        if not np.isfinite(scores).all():
-            index = int(np.argmin(np.isfinite(scores)))
-            raise ValueError(
-                f"the reward returned {scores[index]} for response {index}: {responses[index]!r}; "
-                "return a finite float."
-            )
-        return jnp.asarray(scores, jnp.result_type(float))
-
-
-def decode(tokenizer: Tokenizer, tokens: Int[Array, "B X"], mask: Bool[Array, "B X"]) -> list[str]:
-    """The text of the valid tokens of each row."""
-    rows, masks = np.asarray(tokens), np.asarray(mask)
-    return [tokenizer.decode(row[valid]) for row, valid in zip(rows, masks, strict=True)]
 
 
 class PPOBatch(eqx.Module):
@@ -120,29 +74,44 @@ class PPOActorCritic:
     the policy's; its head starts at zero.
 
     Attributes:
-        policy_model: the SFT model; also the reference.
+        policy_model: the SFT model.
         reward_model: a `RewardModel`, a JAX `RewardFn`, or a `PythonReward`.
         config: settings of the run, those of its `PPOTrainer`.
         critic_model: a critic of your own (`models.base.Critic`).
+        reference_model: what the KL is measured against; None for the policy as it is at the start.
 
     Raises:
-        ValueError: the policy has ids that the reward model or the critic would read as others.
+        ValueError: a policy or reward of another kind; the policy has ids that the reward model,
+            the critic or the reference would read as others.
     """
 
     policy_model: CausalLM
     reward_model: RewardModel | RewardFn | PythonReward
     config: PPOConfig
     critic_model: Callable | None = None
+    reference_model: CausalLM | None = None
 
     def __post_init__(self):
+        if not isinstance(self.policy_model, CausalLM):
+            raise ValueError(
+                f"policy_model must be a CausalLM, such as CausalLM.from_pretrained(path); got "
+                f"{self.policy_model!r}."
+            )
+        if not isinstance(self.reward_model, RewardModel) and not callable(self.reward_model):
+            raise ValueError(
+                "reward_model must be a RewardModel, such as RewardModel.from_pretrained(path), a "
+                f"function of the rollout, or a PythonReward; got {self.reward_model!r}."
+            )
         size = self.policy_model.config.vocab_size
         readers = {
             "reward_model": getattr(self.reward(), "model", None),
             "critic_model": self.critic_model,
+            "reference_model": getattr(self.reference_model, "model", None),
         }
         for name, model in readers.items():
             # A model of another class does not say how many ids it knows.
-            if isinstance(model, ValueModel) and model.trunk.config.vocab_size < size:
+            ours = isinstance(model, ValueModel | LanguageModel)
+            if ours and model.trunk.config.vocab_size < size:
                 raise ValueError(
                     f"{name} has {model.trunk.config.vocab_size} token ids, but reads those of a "
                     f"policy that has {size}; give its embedding as many rows, or let a reward "
@@ -184,6 +153,8 @@ class PPOTrainer:
         actor_critic_model: the models.
         rng_key: a typed key, `jax.random.key(seed)`; everything random follows from it.
         mesh: devices to run on; all by default.
+        learner: optimizers and losses of your own; None for Adam with the config's weight decay.
+        advantage_estimator: `gae` or your own, see `types.AdvantageEstimator`.
 
     Raises:
         ValueError: the batch does not divide over the devices, two different configs, or a legacy
@@ -197,6 +168,8 @@ class PPOTrainer:
         actor_critic_model: PPOActorCritic,
         rng_key: Key[Array, ""] | UInt32[Array, "2"],
         mesh: Mesh | None = None,
+        learner: Learner | None = None,
+        advantage_estimator: AdvantageEstimator = gae,
     ):
         if not jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key):
             raise ValueError("rng_key must be a typed key: jax.random.key(seed), not PRNGKey.")
@@ -206,11 +179,14 @@ class PPOTrainer:
         self.num_devices = shards(mesh, "batch")
         _check_settings(config, actor_critic_model.config, self.num_devices)
         self.policy_model = actor_critic_model.policy_model
-        self.learner = config.learner()
-        self.reference = place(self.policy_model.model, mesh, "parameter")
-        critic = place(actor_critic_model.critic, mesh, "parameter")
+        self.learner = config.learner() if learner is None else learner
+        self.advantage_estimator = advantage_estimator
         # Moments lie as the models do: placed first, no device ever holds all of them.
-        state = self.learner.init(self.reference, critic, rng_key, config.hyperparams())
+        policy = place(self.policy_model.model, mesh, "parameter")
+        critic = place(actor_critic_model.critic, mesh, "parameter")
+        state = self.learner.init(policy, critic, rng_key, config.hyperparams())
+        reference = actor_critic_model.reference_model
+        self.reference = policy if reference is None else place(reference.model, mesh, "parameter")
         self.state = place(state, mesh, "parameter")
         self.reward = actor_critic_model.reward()
         if not isinstance(self.reward, PythonReward):
@@ -297,8 +273,9 @@ class PPOTrainer:
             generation = self.config.generation(width, model.eos_token_ids, model.pad_token_id)
             config = self.config.iteration(generation, self.num_devices)
             self._compiled[width] = compile_iteration(
-                config=config, learner=self.learner, mesh=self.mesh
-            )
+                config=config, learner=self.learner, mesh=self.mesh,
+                advantage_estimator=self.advantage_estimator,
+            )  # fmt: skip
         return self._compiled[width]
 
 

@@ -25,12 +25,13 @@ from ...ops.masked import masked_mean
 from ..config import PPOConfig
 from ..display import Display, table
 from ..evaluate import Evaluator, Samples, as_prompts
-from ..ppo import PPOActorCritic, PPOTrainer, PythonReward
+from ..ppo import PPOActorCritic, PPOTrainer
 from ..pretrained import CausalLM
 from ..run_folder import RunFolder
 from ..sft import next_token_logprobs
 from ..stages import ppo_stage, random_streams, reporter
 from ..supervised import Batch, FitConfig, batches, fit
+from ..text_reward import PythonReward
 
 EOS = "</s>"
 ALPHABET = "0123456789+="
