@@ -235,7 +235,10 @@ def test_bad_batches_are_refused(folders):
         ({"num_ppo_epochs": 0}, "^num_ppo_epochs must be a whole number of at least 1"),
         ({"num_minibatches": 0}, "num_minibatches must be a whole number of at least 1"),
         ({"train_batch_size": 0}, "train_batch_size must be a whole number of at least 1"),
-        ({"per_device_batch_size": 0}, "per_device_batch_size must be a whole number of at least 1"),
+        (
+            {"per_device_batch_size": 0},
+            "per_device_batch_size must be a whole number of at least 1",
+        ),
         ({"train_batch_size": 6, "num_minibatches": 4}, "not a multiple"),
         ({"max_new_tokens": 512}, "1 slots and 512 new tokens do not fit into max_seq_len=512"),
         ({"max_seq_len": 1}, "1 slots and 1 new tokens do not fit into max_seq_len=1"),
