@@ -25,7 +25,7 @@ def gae(
 
     next(t) is the next *valid* token, so the recursion carries through holes in the mask; after
     the last one V_next is the bootstrap value and A_next is 0. Source: Schulman et al. 2016,
-    eqs. 11, 12 and 16; there the rewards index starts at the action, as here.
+    eqs. 11 and 16; there the rewards index starts at the action, as here.
 
     Args:
         rewards: a token, reward units; ignored where `mask` is false.

@@ -90,7 +90,8 @@ class Hyperparams(eqx.Module):
         kl_target: nats a sequence that the adaptive controller aims at, or None for a fixed weight.
         kl_horizon: sequences over which the controller acts.
         entropy_coef: weight of the entropy bonus.
-        value_coef: weight of the value loss; matters where policy and critic share a trunk.
+        value_coef: weight of the value loss. It scales a separate critic's gradient before its norm
+            is clipped, and 0 freezes that critic; on a shared trunk it weighs the two losses.
         temperature: > 0; one function for sampling, old, new and reference log-probabilities.
         top_p, min_p: restrictions of sampling, or None.
         max_grad_norm_actor, max_grad_norm_critic: global-norm clips, or None.

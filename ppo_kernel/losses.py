@@ -58,7 +58,11 @@ def is_clipped(
 
         (A > 0 and rho > 1 + high)  or  (A < 0 and rho < 1 - low)
 
-    Arguments as in `clipped_policy_loss`; its mean over valid tokens is the clip fraction.
+    Arguments as in `clipped_policy_loss`; its mean over valid tokens is the clip fraction. A token
+    that `dual_clip` bounds has no gradient either, and is not counted.
+
+    Returns:
+        The shape of the arguments.
     """
     ratio, advantages = _ratio(logprobs, old_logprobs), at_least_float32(advantages)
     low, high = jnp.asarray(clip_ratio_low, ratio.dtype), jnp.asarray(clip_ratio_high, ratio.dtype)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from ..config import POSITIVE, Range, check_whole
 from ..ops.masked import wider_type
 from .attention import KEPT, Attention, attend_causally
 from .base import Cache, Decoder
@@ -26,6 +27,8 @@ class RopeScaling:
     high_freq_factor: float
     original_max_position: int
 
+
+TYPES = "float32", "bfloat16", "float16", "float64"
 
 KEEP_PROJECTIONS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -57,7 +60,7 @@ class TransformerConfig:
             `attend_causally`, or `fused_attention.cudnn_attention`.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: sizes that do not fit each other, types that are none.
     """
 
     vocab_size: int
@@ -84,8 +87,16 @@ class TransformerConfig:
     def __post_init__(self):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
         for name in (*sizes, "num_kv_heads", "head_dim", "unroll"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            check_whole(name, getattr(self, name))
+        POSITIVE.check("rope_theta", self.rope_theta)
+        Range(0).check("norm_epsilon", self.norm_epsilon)
+        for name in ("param_dtype", "compute_dtype", "cache_dtype"):
+            if getattr(self, name) not in TYPES:
+                raise ValueError(f"{name} must be one of {TYPES}, got {getattr(self, name)!r}.")
+        for name, optional in (("attention", False), ("remat", True)):
+            function = getattr(self, name)
+            if not callable(function) and not (function is None and optional):
+                raise ValueError(f"{name} must be a function, got {function!r}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}."

@@ -21,7 +21,6 @@ from ..models.heads import LanguageModel, ValueModel
 from ..models.transformer import Transformer, TransformerConfig
 
 _WIDTH_STEP = 64
-_TYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,9 +264,6 @@ def _open(
 
 def _check(config: TransformerConfig, tokenizer: Tokenizer | None) -> None:
     types = (config.param_dtype, config.compute_dtype, config.cache_dtype)
-    wrong = [name for name in types if name not in _TYPES]
-    if wrong:
-        raise ValueError(f"types must be of {_TYPES}, got {wrong[0]!r}.")
     if "float64" in types and jnp.result_type(float) != jnp.float64:
         raise ValueError('float64 needs jax.config.update("jax_enable_x64", True) first.')
     if tokenizer is not None and tokenizer.num_ids > config.vocab_size:
