@@ -8,8 +8,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from ..config import GenerationConfig
 from ..io.folders import existing_folder, staged
 from ..io.manifest import Manifest
 from ..io.safetensors import WeightFiles, load_weights, save_weights
@@ -19,6 +20,9 @@ from ..models.families import family_named
 from ..models.family import Family
 from ..models.heads import LanguageModel, ValueModel
 from ..models.transformer import Transformer, TransformerConfig
+from ..rollout import generate
+from ..types import Prompts
+from .text_reward import decode
 
 _WIDTH_STEP = 64
 
@@ -110,6 +114,43 @@ class CausalLM:
     def with_model(self, model: LanguageModel) -> "CausalLM":
         """The same with other parameters."""
         return replace(self, model=model)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        key: Key[Array, ""],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> list[str]:
+        """Sample one response to each prompt, as text.
+
+        Args:
+            prompts: text.
+            key: consumed.
+            max_new_tokens: T.
+            temperature: > 0; with `top_k=1` the likeliest tokens, whatever it is.
+            top_k, top_p: see `restrict_logits`.
+
+        Returns:
+            The responses, without special tokens, in the same order.
+
+        Raises:
+            ValueError: no tokenizer, a prompt without a token, or a number out of its range.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer, so it cannot read text.")
+        tokens, mask = _padded(self.tokenizer.encode(prompts), self.pad_token_id)
+        config = GenerationConfig(
+            max_new_tokens, self.eos_token_ids, self.pad_token_id, top_k=top_k
+        )
+        batch = Prompts(tokens, mask, jnp.arange(len(tokens)))
+        rollout = _written(
+            self.model, batch, key, config=config, temperature=temperature, top_p=top_p
+        )
+        return decode(self.tokenizer, rollout.tokens, rollout.mask)
 
     @property
     def config(self) -> TransformerConfig:
@@ -213,11 +254,8 @@ class RewardModel:
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts for {len(responses)} responses.")
         texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        ids = self.tokenizer.encode(texts)
-        # Few widths, since each compiles a program.
-        width = -(-max(map(len, ids), default=1) // _WIDTH_STEP) * _WIDTH_STEP
-        tokens, mask = left_pad(ids, pad_id=self.pad_token_id, width=width)
-        scores = _last_values(self.model, jnp.asarray(tokens), jnp.asarray(mask))
+        tokens, mask = _padded(self.tokenizer.encode(texts), self.pad_token_id)
+        scores = _last_values(self.model, tokens, mask)
         return np.asarray(scores, np.float64).tolist()
 
     @property
@@ -232,6 +270,16 @@ class RewardModel:
 
     def __repr__(self) -> str:
         return _describe(self)
+
+
+_written = eqx.filter_jit(generate)
+
+
+def _padded(ids: list[list[int]], pad_id: int) -> tuple[Int[Array, "N P"], Bool[Array, "N P"]]:
+    """Left-padded to one of few widths, since each compiles a program."""
+    width = -(-max(map(len, ids), default=1) // _WIDTH_STEP) * _WIDTH_STEP
+    tokens, mask = left_pad(ids, pad_id=pad_id, width=width)
+    return jnp.asarray(tokens), jnp.asarray(mask)
 
 
 @eqx.filter_jit
