@@ -14,7 +14,7 @@ from ppo_kernel.models.layers import for_few_rows
 
 from .cases import build
 from .machine import measure, medians_in_turns
-from .sizes import parse_size
+from .sizes import parse_size, positive
 from .stages import prepare
 from .work import rollout_work
 
@@ -83,9 +83,11 @@ def main() -> None:
     parser.add_argument("--shape", default="small", help="a size, then changes: tiny,batch=8")
     parser.add_argument("--dtype", default="float32", help="of parameters, activations and cache")
     parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=FORMS)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=positive, default=9)
     flags = parser.parse_args()
     size = parse_size(flags.shape)
+    if size.response < 2:
+        raise ValueError(f"response={size.response} has no decode step; take 2 or more.")
     case = build(size, flags.dtype)
     steps = size.response - 1
     one_token = IterationConfig(GenerationConfig(1))

@@ -23,7 +23,7 @@ from ppo_kernel.types import Prompts
 
 from .cases import Case, build
 from .machine import medians_in_turns
-from .sizes import parse_size
+from .sizes import parse_size, positive
 from .stages import learning
 
 EOS, TURNS = 1, 4
@@ -64,11 +64,15 @@ def main() -> None:
     parser.add_argument("--shape", default="tiny", help="a size, then changes: tiny,response=256")
     parser.add_argument("--stage", default="rollout", choices=("rollout", "learn"))
     parser.add_argument("--dtype", default="float32", help="of parameters, activations and cache")
-    parser.add_argument("--slots", type=int, default=32, help="of the rollout")
-    parser.add_argument("--draws", type=int, default=8, help="of all lengths, for the rollout")
-    parser.add_argument("--microbatch", type=int, default=4, help="sequences, where lengths differ")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--slots", type=positive, default=32, help="of the rollout")
+    parser.add_argument("--draws", type=positive, default=8, help="of all lengths, for the rollout")
+    parser.add_argument(
+        "--microbatch", type=positive, default=4, help="sequences, where lengths differ"
+    )
+    parser.add_argument("--rounds", type=positive, default=5)
     flags = parser.parse_args()
+    if parse_size(flags.shape).response < 5:
+        raise ValueError("a mean length of response / 4 needs response=5 or more.")
     print(json.dumps(run_rollout(flags) if flags.stage == "rollout" else run_learn(flags)))
 
 

@@ -17,8 +17,13 @@ def read(results: Path) -> tuple[str, dict[str, float]]:
     """The kind of machine, and name of a benchmark -> its fastest round over the kernel's fastest.
 
     A baseline holds for a kind: an accelerator's, or the maker of the processor.
+
+    Raises:
+        ValueError: no file of pytest-benchmark, or one without a benchmark.
     """
-    found = json.loads(results.read_text())
+    found = json.loads(results.read_text()) if results.is_file() else {}
+    if not found.get("benchmarks"):
+        raise ValueError(f"{results} has no benchmarks; `make bench` writes them.")
     benchmarks, info = found["benchmarks"], found["machine_info"]
     device = benchmarks[0]["extra_info"]["device"]
     kind = info["cpu"].get("vendor_id_raw", info["machine"]) if device == "cpu" else device

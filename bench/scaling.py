@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.sizes import parse_size
+from bench.sizes import parse_size, positive
 from bench.work import WORK
 
 matplotlib.use("Agg")
@@ -117,10 +117,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="tiny,epochs=1", help="what the other axes stay at")
     parser.add_argument("--stage", default="step", choices=sorted(WORK))
-    parser.add_argument("--axes", nargs="*", default=list(FIELDS), choices=FIELDS)
-    parser.add_argument("--values", nargs="*", type=int, help="instead of the defaults; one axis")
+    parser.add_argument("--axes", nargs="+", default=list(FIELDS), choices=FIELDS)
+    parser.add_argument("--values", nargs="+", type=positive, help="instead of the defaults")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--plot", type=Path, default=Path(".benchmarks/scaling.png"))
     flags = parser.parse_args()
     flags.plot.parent.mkdir(parents=True, exist_ok=True)

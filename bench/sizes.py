@@ -1,5 +1,6 @@
 """Named sizes as plain numbers: no JAX here, because the peers' environments read them too."""
 
+from argparse import ArgumentTypeError
 from dataclasses import dataclass, fields, replace
 
 
@@ -60,7 +61,8 @@ def parse_size(text: str) -> Size:
     """A size from `tiny`, or from `tiny,batch=8,response=256`: a name, then what to change.
 
     Raises:
-        ValueError: an unknown name or field.
+        ValueError: an unknown name or field, or a value that is not a whole number of at least 1
+            (`tied`: 0 or 1).
     """
     name, *changes = text.split(",")
     if name.lower() not in SIZES:
@@ -70,5 +72,15 @@ def parse_size(text: str) -> Size:
         key, _, value = change.partition("=")
         if key not in {field.name for field in fields(Size)}:
             raise ValueError(f"unknown field {key!r} of a size, in {text!r}.")
+        allowed = value in ("0", "1") if key == "tied" else value.isdecimal() and int(value) > 0
+        if not allowed:
+            raise ValueError(f"{change!r} in {text!r} needs a number, as in {key}=1.")
         values[key] = bool(int(value)) if key == "tied" else int(value)
     return replace(SIZES[name.lower()], **values)
+
+
+def positive(text: str) -> int:
+    """A flag that counts something: `type=positive`."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)

@@ -12,7 +12,7 @@ from ppo_kernel.models.fused_attention import cudnn_attention
 
 from .cases import build
 from .machine import measure, seconds_of
-from .sizes import parse_size
+from .sizes import parse_size, positive
 from .stages import prepare
 from .work import WORK, figures
 
@@ -24,8 +24,10 @@ def main() -> None:
     parser.add_argument("--stage", default="step", choices=sorted(WORK))
     parser.add_argument("--dtype", default="float32", help="of parameters, activations and cache")
     parser.add_argument("--cudnn", action="store_true", help="cuDNN's fused attention (bfloat16)")
-    parser.add_argument("--mesh", type=int, help="devices of a data mesh; a CPU is split into them")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--mesh", type=positive, help="devices of a data mesh; a CPU is split into them"
+    )
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--profile", metavar="DIR", help="write a trace of one more run there")
     flags = parser.parse_args()
     if flags.mesh is not None:

@@ -45,6 +45,29 @@ def _dense_flops(jaxpr) -> float:
     return total
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tinny", "unknown size 'tinny'"),
+        ("tiny,depth=2", "unknown field 'depth'"),
+        ("tiny,batch=abc", "'batch=abc' in .* needs a number"),
+        ("tiny,batch=0", "'batch=0' in"),
+        ("tiny,tied=yes", "'tied=yes' in"),
+    ],
+)
+def test_sizes_that_are_none(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_size(text)
+
+
+def test_results_without_benchmarks(tmp_path):
+    for content in (None, {}, {"benchmarks": []}):
+        if content is not None:
+            (tmp_path / "results.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="`make bench` writes them"):
+            regression.read(tmp_path / "results.json")
+
+
 def test_counted_flops_are_those_of_the_program():
     # With two tokens the decode loop, whose turns a program does not say, has one turn.
     size = parse_size("tiny,layers=2,batch=2,prompt=8,epochs=3,response=2")
