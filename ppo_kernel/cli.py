@@ -1,11 +1,15 @@
-"""The command line: `ppo-kernel demo`."""
+"""The command line: `ppo-kernel train` on your models and texts, `ppo-kernel demo` on ours."""
 
 import enum
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+from .io.folders import has_weights
+from .train.settings import TrainSettings
+
+_EXTRA = ("tyro", "rich", "tensorboardX", "matplotlib", "vaderSentiment", "requests")
 
 
 class Task(enum.Enum):
@@ -49,13 +53,68 @@ def demo(arguments: Demo) -> None:
         display.print(f"{time.monotonic() - start:.0f} s; {folder} has the curves and the models")
 
 
+def train(settings: TrainSettings) -> None:
+    """Run what the output folder does not have yet, with a live view."""
+    from .train.display import Display
+    from .train.evaluate import device_description
+    from .train.pipeline import run_training, streams
+    from .train.run_folder import RunFolder, check_settings
+    from .train.training_data import load_data
+
+    folder = settings.output
+    try:
+        _, (split_rng, *_) = streams(settings.seed)
+        data = load_data(settings, split_rng)
+        config = settings.as_json(data.digests)
+        check_settings(folder, config)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"ppo-kernel train: {error}")
+    if has_weights(folder / "policy"):
+        print(f"{folder} is finished: {folder / 'policy'} has the policy.")
+        return
+    start = time.monotonic()
+    with RunFolder(folder, resume=config) as run, Display() as display:
+        display.print(f"training on {device_description()}, writing to {folder}")
+        for note in data.notes:
+            display.print(note)
+        run_training(settings, data, display, run)
+        display.print(f"{time.monotonic() - start:.0f} s; {folder} has the curves and the models")
+
+
 def main() -> None:
     """Entry point of `ppo-kernel`."""
-    commands = {"demo": Demo}
-    arguments = tyro.extras.subcommand_cli_from_dict(
-        commands, description="PPO post-training of language models, in one compiled program."
+    try:
+        _main(sys.argv[1:])
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA:
+            raise
+        sys.exit(f"ppo-kernel needs {error.name}: pip install 'ppo-kernel[demo]'")
+
+
+def _main(arguments: list[str]) -> None:
+    import tyro
+
+    from .train.flags import flags_of, settings_of
+
+    flags = flags_of(TrainSettings)
+    chosen = tyro.extras.subcommand_cli_from_dict(
+        {"train": flags, "demo": Demo},
+        prog="ppo-kernel",
+        description="PPO post-training of language models, in one compiled program.",
+        args=arguments,
     )
-    demo(arguments)
+    if isinstance(chosen, Demo):
+        demo(chosen)
+        return
+    try:
+        settings = settings_of(TrainSettings, chosen)
+    except ValueError as error:
+        sys.exit(f"ppo-kernel train: {error}")
+    try:
+        train(settings)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on from what {settings.output} has")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

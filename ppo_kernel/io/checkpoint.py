@@ -30,16 +30,18 @@ def save_checkpoint(path: str | os.PathLike, state: PyTree) -> None:
     multihost_utils.sync_global_devices(f"save_checkpoint {folder}")
 
 
+def has_checkpoint(path: str | os.PathLike) -> bool:
+    """Whether `load_checkpoint` finds one at `path`."""
+    return _saved_at(Path(path).resolve()).is_dir()
+
+
 def load_checkpoint(path: str | os.PathLike, state: PyTree) -> PyTree:
     """The state saved at `path`, with the structure, types and shardings of `state`.
 
     Raises:
         ValueError: there is no checkpoint at `path`, or it is of another structure or other types.
     """
-    folder = Path(path).resolve()
-    if not folder.is_dir() and _beside(folder, "replaced").is_dir():
-        # A save was killed between its two renames.
-        folder = _beside(folder, "replaced")
+    folder = _saved_at(Path(path).resolve())
     if not folder.is_dir():
         raise ValueError(f"no checkpoint at {folder}; pass a folder that save_checkpoint wrote.")
     arrays, rest = eqx.partition(state, eqx.is_array)
@@ -60,6 +62,14 @@ def load_checkpoint(path: str | os.PathLike, state: PyTree) -> PyTree:
 def _beside(folder: Path, role: str) -> Path:
     """Where a checkpoint lies that is not, or no longer, the one at `folder`: a rename away."""
     return folder.with_name(f".{role}-{folder.name}")
+
+
+def _saved_at(folder: Path) -> Path:
+    """Where the newest whole checkpoint lies: beside `folder` if a save was killed between its two
+    renames.
+    """
+    replaced = _beside(folder, "replaced")
+    return replaced if not folder.is_dir() and replaced.is_dir() else folder
 
 
 def _publish(folder: Path) -> None:

@@ -27,6 +27,11 @@ def existing_folder(path: str | os.PathLike) -> Path:
     return folder
 
 
+def has_weights(path: str | os.PathLike) -> bool:
+    """Whether `staged` has finished a model folder at `path`."""
+    return any((Path(path).expanduser() / name).is_file() for name in (WEIGHTS, INDEX))
+
+
 def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
     """The object in a JSON file; `default` stands in for a missing file.
 

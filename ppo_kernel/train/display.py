@@ -36,7 +36,8 @@ class Display:
     """
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console()
+        # Texts of a model are printed as they are: "[/INST]" is no markup.
+        self.console = console or Console(markup=False, emoji=False)
         self._progress = Progress(
             TextColumn("{task.description:<22}"),
             BarColumn(),

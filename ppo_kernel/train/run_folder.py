@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ CURVES = {
 }
 """Metric of the `ppo` stage -> title of its panel in `curves.png`."""
 
+_NO_METRICS = ("stage", "step", "time_s")
+
 
 class RunFolder:
     """Writes one run; a context manager.
@@ -27,53 +30,137 @@ class RunFolder:
     TensorBoard events, `samples.jsonl`, `curves.png` and one PNG a curve; models and checkpoints
     go into sub-folders by their own writers.
 
+    Args:
+        path: the folder.
+        resume: settings of the run, for a folder that may have the beginning of it; they are its
+            `config.json`. None refuses a folder with a run.
+
     Raises:
-        ValueError: the folder has a run in it already.
+        ValueError: the folder has a run in it already, or one of other settings.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, resume: Mapping[str, Any] | None = None):
         self.path = Path(path)
-        if (self.path / "metrics.jsonl").exists():
+        self._file = self.path / "metrics.jsonl"
+        if resume is not None:
+            check_settings(self.path, resume)
+        elif self._file.exists():
             raise ValueError(f"{self.path} has a run in it; choose another folder or delete it.")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._metrics = (self.path / "metrics.jsonl").open("w", buffering=1, encoding="utf-8")
-        self._events = SummaryWriter(str(self.path))
-        self._start = time.monotonic()
-        self._history: dict[str, dict[str, list[tuple[int, float]]]] = {}
+        if resume is not None:
+            self.config(**resume)
+        self._lines = _read_lines(self._file)
+        self._start = time.monotonic() - (self._lines[-1]["time_s"] if self._lines else 0.0)
+        self._open()
 
     def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._metrics.close()
-        self._events.close()
+        self._close()
 
     def config(self, **settings: Any) -> None:
         """Write `config.json`; dataclasses become dictionaries, functions their names."""
-        text = json.dumps(settings, indent=2, default=_plain)
-        (self.path / "config.json").write_text(text + "\n", encoding="utf-8")
+        _replace(self.path / "config.json", json.dumps(settings, indent=2, default=_plain) + "\n")
 
     def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics."""
         line = {"stage": stage, "step": step, "time_s": round(time.monotonic() - self._start, 3)}
-        self._metrics.write(json.dumps(line | dict(values)) + "\n")
-        history = self._history.setdefault(stage, {})
-        for name, value in values.items():
-            self._events.add_scalar(f"{stage}/{name}", value, step)
-            history.setdefault(name, []).append((step, value))
+        line |= dict(values)
+        self._metrics.write(json.dumps(line) + "\n")
+        self._record(line)
+        self._lines.append(line)
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget the metrics of a stage after `step`: it goes on from there."""
+        kept = [line for line in self._lines if line["stage"] != stage or line["step"] <= step]
+        if len(kept) < len(self._lines):
+            self._close()
+            self._lines = kept
+            self._open()
 
     def samples(self, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append samples to `samples.jsonl`."""
-        with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({"stage": stage} | dict(row), ensure_ascii=False) + "\n")
+        """Write the samples of a stage to `samples.jsonl`, in the place of earlier ones."""
+        path = self.path / "samples.jsonl"
+        old = [line for line in _read_lines(path) if line["stage"] != stage]
+        lines = old + [{"stage": stage} | dict(row) for row in rows]
+        _replace(path, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
 
     def curves(self) -> list[Path]:
         """Draw the curves of the `ppo` stage that were recorded; returns the files."""
         # Imported here: matplotlib takes a second that every other command would pay.
         from .plots import draw_curves
 
-        return draw_curves(self._history.get("ppo", {}), CURVES, self.path)
+        lines = [line for line in self._lines if line["stage"] == "ppo"]
+        history = {
+            name: [(line["step"], line[name]) for line in lines if name in line] for name in CURVES
+        }
+        return draw_curves(history, CURVES, self.path)
+
+    def _open(self) -> None:
+        """Start the files of metrics with the lines there are."""
+        _replace(self._file, "".join(json.dumps(line) + "\n" for line in self._lines))
+        self._metrics = self._file.open("a", buffering=1, encoding="utf-8")
+        # TensorBoard has no way to take back the events of one stage: they are written anew.
+        for old in self.path.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._events = SummaryWriter(str(self.path))
+        for line in self._lines:
+            self._record(line)
+
+    def _close(self) -> None:
+        self._metrics.close()
+        self._events.close()
+
+    def _record(self, line: Mapping[str, Any]) -> None:
+        for name in line.keys() - _NO_METRICS:
+            self._events.add_scalar(f"{line['stage']}/{name}", line[name], line["step"])
+
+
+def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run of other settings than those of its `config.json`.
+
+    Raises:
+        ValueError: the folder has a run without them, or with others: which, and their values.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        if (path / "metrics.jsonl").exists():
+            raise ValueError(f"{path} has a run without config.json; choose another folder.")
+        return
+    old = _flat(json.loads(file.read_text(encoding="utf-8")))
+    new = _flat(json.loads(json.dumps(settings, default=_plain)))
+    differing = [name for name in old | new if old.get(name) != new.get(name)]
+    if differing:
+        shown = "; ".join(f"{x} was {old.get(x)!r}, now {new.get(x)!r}" for x in differing)
+        raise ValueError(
+            f"{path} has a run of other settings: {shown}. Give the same settings to go on with "
+            "it, or choose another folder."
+        )
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one: the keys joined by dots."""
+    if not isinstance(settings, dict):
+        return {prefix: settings}
+    parts = (_flat(value, f"{prefix}.{name}".lstrip(".")) for name, value in settings.items())
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; none where there is no file."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    # What stands after the last newline was cut short when the run was killed.
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
 
 
 def _plain(x: Any) -> Any:

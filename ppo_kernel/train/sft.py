@@ -11,6 +11,8 @@ from ..ops.logprobs import logprobs_from_hidden
 from ..ops.masked import masked_sum
 from .supervised import Batch, padded_batches
 
+_CHUNK_SIZE = 1024
+
 
 def next_token_logprobs(
     policy: Policy,
@@ -38,10 +40,18 @@ def next_token_logprobs(
 
 
 def next_token_loss(policy: Policy, parts: tuple[Batch, ...]) -> Float[Array, ""]:
-    """Mean negative log-likelihood of every predicted token of a batch, nats a token."""
+    """Mean negative log-likelihood of every predicted token of a batch, nats a token.
+
+    The `targets` are how many tokens at the start of a sequence, those of a prompt, are only read.
+    """
     total, count = 0.0, 0.0
     for part in parts:
-        logprobs, valid = next_token_logprobs(policy, part.tokens, part.mask)
+        # The logits of all tokens at once would be the largest array of the stage.
+        logprobs, valid = next_token_logprobs(
+            policy, part.tokens, part.mask, chunk_size=_CHUNK_SIZE
+        )
+        predicted = jnp.arange(1, part.tokens.shape[1], dtype=part.targets.dtype)
+        valid = valid & (predicted[None] >= part.targets[:, None])
         total = total - masked_sum(logprobs, valid)
         count = count + jnp.sum(valid).astype(logprobs.dtype)
     return total / jnp.maximum(count, 1.0)

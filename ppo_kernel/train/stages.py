@@ -1,7 +1,9 @@
 """The stages of a run: what they report, and the PPO stage itself."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,7 @@ def random_streams(
 def reporter(stage: str, num_steps: int, *, display: Display, run: RunFolder) -> Report:
     """Begin a supervised stage; what `fit` calls to show and to record its metrics."""
     display.stage(stage, num_steps)
+    run.rewind(stage.replace(" ", "_"), 0)
 
     def report(step: int, metrics: dict[str, float]) -> None:
         display.update(stage, step, metrics)
@@ -50,20 +53,27 @@ def prompt_batches(
     pad_id: int,
     width: int,
     rng: np.random.Generator,
+    start: int = 0,
 ) -> Iterator[PPOBatch]:
     """Endless batches of prompts, every one once an epoch, in a new order each.
+
+    `rng` decides the order alone, so the batches from number `start` on are what a run that goes
+    on there would have seen.
 
     Raises:
         ValueError: there are fewer prompts than a batch takes.
     """
     if len(prompts) < batch_size:
         raise ValueError(f"{len(prompts)} prompts do not fill one batch of {batch_size}.")
-    while True:
-        order = rng.permutation(len(prompts))
-        for start in range(0, len(order) - batch_size + 1, batch_size):
-            rows = [prompts[i] for i in order[start : start + batch_size]]
-            tokens, mask = left_pad(rows, pad_id=pad_id, width=width)
-            yield PPOBatch(jnp.asarray(tokens), jnp.asarray(mask))
+    orders = (rng.permutation(len(prompts)) for _ in itertools.count())
+    batches = (
+        order[first : first + batch_size]
+        for order in orders
+        for first in range(0, len(order) - batch_size + 1, batch_size)
+    )
+    for indices in itertools.islice(batches, start, None):
+        tokens, mask = left_pad([prompts[i] for i in indices], pad_id=pad_id, width=width)
+        yield PPOBatch(jnp.asarray(tokens), jnp.asarray(mask))
 
 
 def ppo_stage(
@@ -77,16 +87,22 @@ def ppo_stage(
     rng: np.random.Generator,
     evaluate: Evaluate | None = None,
     evaluate_every: int = 10,
+    checkpoint: Path | None = None,
+    save_every: int = 10,
 ) -> None:
-    """Run `num_iterations` of PPO, recording each."""
-    config = trainer.config
+    """Run PPO up to `num_iterations`, from wherever `trainer` is, recording each.
+
+    The training state is saved at `checkpoint` every `save_every` iterations and after the last.
+    """
+    config, done = trainer.config, trainer.iteration
     data = prompt_batches(
         prompts, config.num_prompts, pad_id=trainer.policy_model.pad_token_id, width=width,
-        rng=rng,
+        rng=rng, start=done,
     )  # fmt: skip
     display.stage("ppo", num_iterations)
+    run.rewind("ppo", done)
     judged: dict[str, float] = {}
-    for step in range(1, num_iterations + 1):
+    for step in range(done + 1, num_iterations + 1):
         start = time.perf_counter()
         metrics = trainer.train_step(next(data))
         seconds = time.perf_counter() - start
@@ -97,3 +113,5 @@ def ppo_stage(
             metrics |= judged
         run.metrics("ppo", step, metrics)
         display.update("ppo", step, metrics | judged)
+        if checkpoint is not None and (step % save_every == 0 or step == num_iterations):
+            trainer.save_checkpoint(checkpoint)
