@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_kernel.iteration import collect, compiler_options, learn, ppo_iteration
+from ppo_kernel.compiled import compiler_options
+from ppo_kernel.iteration import collect, learn, ppo_iteration
 from ppo_kernel.rollout import generate
 from ppo_kernel.scoring import score
 from ppo_kernel.sharding import pin, place

@@ -4,13 +4,13 @@ The names below come in the order in which data flows; the familiar trainer is a
 """
 
 from .advantages import gae as gae
+from .compiled import CompiledIteration as CompiledIteration
+from .compiled import compile_iteration as compile_iteration
 from .config import GenerationConfig as GenerationConfig
 from .config import Hyperparams as Hyperparams
 from .config import IterationConfig as IterationConfig
 from .iteration import Collected as Collected
-from .iteration import CompiledIteration as CompiledIteration
 from .iteration import collect as collect
-from .iteration import compile_iteration as compile_iteration
 from .iteration import iteration_keys as iteration_keys
 from .iteration import learn as learn
 from .iteration import ppo_iteration as ppo_iteration

@@ -105,6 +105,9 @@ def rooms_of_loops(length: int, growing: bool) -> list[int]:
     Args:
         length: T; the first token comes from the prefill, and the last one is never read.
         growing: whether the cache can be given more room.
+
+    Returns:
+        T - 1 at the last, which may be 0.
     """
     loops = min(_LOOPS, max(1, length // _LEAST_STEPS)) if growing else 1
     return [(length - 1) * n // loops for n in range(1, loops + 1)]
@@ -117,6 +120,9 @@ def blank(shape: tuple[int, ...], dtype: jnp.dtype, pad_token_id: int) -> Writte
         shape: of each array; the last axis is T.
         dtype: of the log-probabilities, at least float32.
         pad_token_id: what the tokens hold.
+
+    Returns:
+        Tokens, a mask that is false, and zeros for both log-probabilities.
     """
     dtype = wider_type(dtype, jnp.float32)
     return (

@@ -205,5 +205,5 @@ def _trainable(model: PyTree) -> PyTree:
 
 
 def wide(tree: PyTree) -> PyTree:
-    """Gradients and moments are kept in at least float32, whatever the parameters' type."""
+    """`tree` in at least float32, as gradients and moments are kept."""
     return jax.tree.map(at_least_float32, tree)

@@ -15,8 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[1] / "ppo_kernel"
 MODULES = (
     *("ops/kl", "ops/logprobs", "ops/masked", "ops/sampling", "rewards", "advantages", "losses"),
-    *("rollout", "scoring", "gradients", "update", "iteration"),
-    *("sharding", "models/base", "testing"),
+    *("rollout", "decode", "continuous", "scoring", "learner", "gradients", "update", "metrics"),
+    *("iteration", "compiled", "ops/checks", "ops/products"),
+    *("sharding", "models/base", "models/kv_cache", "models/fused_attention", "testing"),
 )
 FORMULAS = {
     *("gae", "token_rewards", "adaptive_kl_coef", "k1", "k2", "k3", "whiten", "update"),
@@ -30,7 +31,7 @@ EQUATIONS = FORMULAS | {
 }
 SOURCES = FORMULAS | {"restrict_logits"}
 
-SHAPED = {"Bool", "Float", "Inexact", "Int", "Key", "Real", "UInt32"}
+SHAPED = {"Bool", "Float", "Inexact", "Int", "Key", "Real", "Shaped", "UInt32"}
 UNSHAPED = {"Array", "ArrayLike", "ndarray", "PRNGKeyArray"}
 CONSTRUCTORS = ("__init__", "__post_init__", "__check_init__")
 

@@ -10,8 +10,9 @@ import pytest
 import tiny
 from edges import SETTINGS, STEPS, BanningPolicy, assert_finite, assert_unchanged, one_step
 
+from ppo_kernel.compiled import compile_iteration
 from ppo_kernel.config import Hyperparams
-from ppo_kernel.iteration import collect, compile_iteration
+from ppo_kernel.iteration import collect
 from ppo_kernel.ops.kl import k3
 from ppo_kernel.scoring import full_sequences, response_logprobs
 

@@ -15,8 +15,9 @@ import tiny
 from edges import SETTINGS, STEPS, assert_finite, assert_unchanged
 from jaxtyping import Array, Float
 
+from ppo_kernel.compiled import compile_iteration
 from ppo_kernel.config import Hyperparams
-from ppo_kernel.iteration import collect, compile_iteration, learn
+from ppo_kernel.iteration import collect, learn
 from ppo_kernel.ops.kl import k3
 from ppo_kernel.types import Rollout
 

@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[1]
 
 ARRAYS_ONLY = {"rewards": {"ops"}, "advantages": {"ops"}, "losses": {"ops"}}
 DOWN = {
-    "cli": {"train", "plan"},
-    "train": {"iteration", "io"},
-    "plan": {"iteration", "io"},
+    "cli": {"train"},
+    "train": {"compiled", "io"},
+    "compiled": {"iteration"},
     "iteration": {"update", "metrics"},
     "metrics": {"rewards"},
     "update": {"rollout", "scoring", "rewards", "advantages", "gradients"},

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import tiny
 
+from ppo_kernel.compiled import compile_iteration
 from ppo_kernel.config import Hyperparams
-from ppo_kernel.iteration import compile_iteration
 from ppo_kernel.learner import Learner
 from ppo_kernel.sharding import make_mesh, place
 from ppo_kernel.testing import NORM_TOLERANCES

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import tiny
 
+from ppo_kernel.compiled import compile_iteration
 from ppo_kernel.config import Hyperparams
-from ppo_kernel.iteration import compile_iteration, ppo_iteration
+from ppo_kernel.iteration import ppo_iteration
 from ppo_kernel.models.families import FAMILIES
 from ppo_kernel.ops.sampling import sampling_noise
 from ppo_kernel.rollout import generate

@@ -11,8 +11,8 @@ import pytest
 import tiny
 
 from ppo_kernel.advantages import gae
+from ppo_kernel.compiled import compile_iteration
 from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
-from ppo_kernel.iteration import compile_iteration
 from ppo_kernel.learner import Learner
 from ppo_kernel.losses import clipped_policy_loss
 from ppo_kernel.rewards import token_rewards

@@ -11,8 +11,8 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from ppo_kernel import sharding
+from ppo_kernel.compiled import compile_iteration
 from ppo_kernel.config import Hyperparams
-from ppo_kernel.iteration import compile_iteration
 from ppo_kernel.learner import Learner
 from ppo_kernel.scoring import ModelReward
 

@@ -48,6 +48,14 @@ def attend_by_lengths(
 
     The tokens of each row are moved to its front and back again: their order, and with it what
     each of them sees, stays.
+
+    Args:
+        query, key, value: as in `attend_causally`.
+        mask: which slots hold a token.
+        implementation: of `jax.nn.dot_product_attention`.
+
+    Returns:
+        The mixed values, shape of `query`; 0 where there is no token.
     """
     batch, _, _, slots, width = query.shape
     order = jnp.argsort(~mask, axis=1, stable=True)

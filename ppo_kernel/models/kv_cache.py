@@ -44,6 +44,9 @@ class KVCache(eqx.Module):
             mask: valid slots of the prompt.
             capacity: at least P; S is the next multiple of 16.
 
+        Returns:
+            The next free slot is the first after the prompt.
+
         Raises:
             ValueError: the prompt does not fit.
         """
@@ -110,7 +113,16 @@ def write_slots(
     value: Float[Array, "B *K E"],
     slot: Int[Array, ""],
 ) -> tuple[Float[Array, "B *K E S"], Float[Array, "B *K S E"]]:
-    """The buffers of a layer with one more entry, at `slot`; XLA does it in place inside a loop."""
+    """The buffers of a layer with one more entry, which XLA writes in place inside a loop.
+
+    Args:
+        keys, values: the buffers.
+        key, value: of the tokens that are read now; cast to the type of the cache.
+        slot: where they go.
+
+    Returns:
+        (keys, values)
+    """
     write = jax.lax.dynamic_update_slice_in_dim
     return (
         write(keys, key[..., None].astype(keys.dtype), slot, axis=keys.ndim - 1),

@@ -1,9 +1,9 @@
 """Refusal of arrays that would be broadcast to a wrong result."""
 
-from jaxtyping import Array
+from jaxtyping import Array, Shaped
 
 
-def check_shape(name: str, x: Array, *shapes: tuple[int, ...]) -> None:
+def check_shape(name: str, x: Shaped[Array, "..."], *shapes: tuple[int, ...]) -> None:
     """Refuse an array of another shape than one of `shapes`.
 
     Args:

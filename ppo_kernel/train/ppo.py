@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Bool, Int, Key, UInt32
 
 from ..advantages import gae
+from ..compiled import CompiledIteration, compile_iteration
 from ..io.checkpoint import load_checkpoint, save_checkpoint
-from ..iteration import CompiledIteration, compile_iteration
 from ..learner import Learner
 from ..models.heads import LanguageModel, ValueModel
 from ..scoring import ModelReward
@@ -177,7 +177,7 @@ class PPOTrainer:
             mesh = make_mesh()
         self.config, self.mesh = config, mesh
         self.num_devices = shards(mesh, "batch")
-        _check_settings(config, actor_critic_model.config, self.num_devices)
+        check_settings(config, actor_critic_model.config, self.num_devices)
         self.policy_model = actor_critic_model.policy_model
         self.learner = config.learner() if learner is None else learner
         self.advantage_estimator = advantage_estimator
@@ -279,8 +279,17 @@ class PPOTrainer:
         return self._compiled[width]
 
 
-def _check_settings(config: PPOConfig, of_models: PPOConfig, num_devices: int) -> None:
-    """Refuse what would fail, or be left out, at the first step."""
+def check_settings(config: PPOConfig, of_models: PPOConfig, num_devices: int) -> None:
+    """Refuse what would fail, or be left out, at the first step.
+
+    Args:
+        config: of the trainer.
+        of_models: of its models.
+        num_devices: that the batch is sharded over.
+
+    Raises:
+        ValueError: two different configs, or a batch that does not divide over the devices.
+    """
     if of_models != config:
         names = [field.name for field in fields(config)]
         names = [name for name in names if getattr(config, name) != getattr(of_models, name)]
