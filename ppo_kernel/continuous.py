@@ -36,12 +36,17 @@ def decode_queue(
 ) -> Written:
     """Draw and step C sequences at a time until all B have ended.
 
-    Prompts are read ahead, enough for all slots together and each once for its G samples, and their
-    first tokens drawn; what is read waits beside the slots. Slots wait until there is room for a
-    few sequences, which then are moved in. All rows step together, whatever their t. Every queue
-    has its own part of the prompts and of the slots, so that one on a device never asks another.
-    With `grow` the first T - 1 steps are in up to four loops, each with a cache that has room up to
-    its own end; from then on the cache is full, a ring.
+    A sequence waits in the queue, is read ahead, is in a slot, and is written:
+
+    * Prompts are read ahead as many as fit beside the slots, once for all G samples, and the first
+      token of each is drawn.
+    * Where enough slots are free, a few sequences that were read are moved in together.
+    * All slots step together, whatever the t of each. One whose sequence has ended computes what
+      nobody reads until it is filled again.
+
+    Every queue has its own part of the prompts and of the slots, so that one on a device never asks
+    another. With `grow` the first T - 1 steps are in up to four loops, each with a cache that has
+    room up to its own end; from then on the cache is full, a ring.
 
     Args:
         read, draw, step: see `Read`, `Draw`, `Decoder`.
@@ -123,8 +128,9 @@ class _Slots(eqx.Module):
 class _Queue:
     """What waits, and how it is read, drawn and decoded.
 
-    `chunk` sequences make a refill. The running cache has room for `room` decode steps: for all
-    there will ever be if that is T - 1, since it then is a ring, and for the first ones otherwise.
+    `chunk` sequences make a refill. `room` is how many decode steps the running cache can hold. With
+    T - 1 it needs no more, however many steps there are: its response slots are used again, as a
+    ring.
     """
 
     read: Read

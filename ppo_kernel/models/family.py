@@ -39,7 +39,7 @@ class Weight:
         return attrgetter(self.path)(model)
 
     def to_checkpoint(self, x: np.ndarray) -> np.ndarray:
-        """One layer of ours, as the checkpoint keeps it; a view."""
+        """The array of one of our layers, as the checkpoint keeps it; a view."""
         return {"same": x, "transposed": x.T, "row": x[None]}[self.layout]
 
     def from_checkpoint(self, x: np.ndarray) -> np.ndarray:

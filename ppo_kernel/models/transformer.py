@@ -249,7 +249,8 @@ class Transformer(eqx.Module):
 
         x, count, turn = self._embed(tokens), self.config.num_layers, self.config.unroll
         if start == 0 or turn < count:
-            # A scan that left the last layer to another step would copy the matrices of the rest.
+            # All layers in the scan: to leave the last one out, it would have to copy the matrices
+            # of the others out of their stack.
             x, cached = jax.lax.scan(layer(0), x, self.blocks, unroll=turn)
             return self.norm(x[:, start:]), cached
         # All but the last are one function, so that it is traced once.

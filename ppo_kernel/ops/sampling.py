@@ -25,8 +25,8 @@ def sampling_noise(
         num_tokens: T.
 
     Returns:
-        Two uniforms in [0, 1) a token, float32: one picks a block of the vocabulary, one the
-        token in it, so that the resolution is 2^-23 of each rather than of the whole.
+        Two uniforms in [0, 1) a token, float32. The first picks a block of the vocabulary, the
+        second the token in it: one uniform, a multiple of 2^-23, could not reach rare tokens.
     """
 
     def draw(sample_id: Int[Array, ""], t: Int[Array, ""]) -> Float[Array, "2"]:
