@@ -128,9 +128,9 @@ class _Slots(eqx.Module):
 class _Queue:
     """What waits, and how it is read, drawn and decoded.
 
-    `chunk` sequences make a refill. `room` is how many decode steps the running cache can hold. With
-    T - 1 it needs no more, however many steps there are: its response slots are used again, as a
-    ring.
+    `chunk` sequences make a refill. `room` is how many decode steps the running cache can hold.
+    With T - 1 it needs no more, however many steps there are: its response slots are used again, as
+    a ring.
     """
 
     read: Read
