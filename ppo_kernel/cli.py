@@ -1,12 +1,12 @@
 """The command line: `ppo-kernel train` on your models and texts, `ppo-kernel demo` on ours."""
 
 import enum
+import shlex
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .io.folders import has_weights
 from .train.settings import TrainSettings
 
 _EXTRA = ("tyro", "rich", "tensorboardX", "matplotlib", "vaderSentiment", "requests")
@@ -53,32 +53,31 @@ def demo(arguments: Demo) -> None:
         display.print(f"{time.monotonic() - start:.0f} s; {folder} has the curves and the models")
 
 
-def train(settings: TrainSettings) -> None:
+def train(settings: TrainSettings, command: str) -> None:
     """Run what the output folder does not have yet, with a live view."""
     from .train.display import Display
     from .train.evaluate import device_description
-    from .train.pipeline import run_training, streams
-    from .train.run_folder import RunFolder, check_settings
-    from .train.training_data import load_data
+    from .train.pipeline import Training
+    from .train.run_folder import RunFolder
 
-    folder = settings.output
+    start, folder = time.monotonic(), settings.output
     try:
-        _, (split_rng, *_) = streams(settings.seed)
-        data = load_data(settings, split_rng)
-        config = settings.as_json(data.digests)
-        check_settings(folder, config)
+        training = Training(settings)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"ppo-kernel train: {error}")
-    if has_weights(folder / "policy"):
-        print(f"{folder} is finished: {folder / 'policy'} has the policy.")
+    if training.finished:
+        print(f"{folder} is finished: {folder / 'policy'} has the policy")
         return
-    start = time.monotonic()
-    with RunFolder(folder, resume=config) as run, Display() as display:
-        display.print(f"training on {device_description()}, writing to {folder}")
-        for note in data.notes:
-            display.print(note)
-        run_training(settings, data, display, run)
-        display.print(f"{time.monotonic() - start:.0f} s; {folder} has the curves and the models")
+    try:
+        with RunFolder(folder, resume=training.config) as run, Display() as display:
+            display.print(f"training on {device_description()}, writing to {folder}")
+            for note in training.data.notes:
+                display.print(note)
+            training.run(display, run)
+            display.print(f"{time.monotonic() - start:.0f} s; {folder} has curves and models")
+    except KeyboardInterrupt:
+        print(f"stopped; to go on from what {folder} has: {command}")
+        sys.exit(130)
 
 
 def main() -> None:
@@ -86,9 +85,10 @@ def main() -> None:
     try:
         _main(sys.argv[1:])
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
             raise
-        sys.exit(f"ppo-kernel needs {error.name}: pip install 'ppo-kernel[demo]'")
+        sys.exit(f"ppo-kernel needs {missing}: pip install 'ppo-kernel[demo]'")
 
 
 def _main(arguments: list[str]) -> None:
@@ -110,11 +110,7 @@ def _main(arguments: list[str]) -> None:
         settings = settings_of(TrainSettings, chosen)
     except ValueError as error:
         sys.exit(f"ppo-kernel train: {error}")
-    try:
-        train(settings)
-    except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on from what {settings.output} has")
-        sys.exit(130)
+    train(settings, shlex.join(["ppo-kernel", *arguments]))
 
 
 if __name__ == "__main__":

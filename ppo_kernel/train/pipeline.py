@@ -1,103 +1,114 @@
-"""SFT, reward model and PPO on a model folder, each stage finished once and for all."""
+"""SFT, reward model and PPO on a model folder: each stage is finished once and for all."""
 
 from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
-from jaxtyping import Array, Key
+import jax
 
 from ..io.checkpoint import has_checkpoint
 from ..io.folders import has_weights
 from .display import Display
 from .evaluate import Evaluator, as_prompts
 from .outcome import compare, held_out_metrics, print_outcome, sample_rows
-from .ppo import PPOActorCritic, PPOTrainer
+from .ppo import PPOActorCritic, PPOTrainer, check_settings
 from .preferences import pair_batches, preference_accuracy, preference_loss
 from .pretrained import CausalLM, RewardModel
-from .run_folder import RunFolder
+from .run_folder import RunFolder, check_same_run
 from .settings import TrainSettings
 from .sft import next_token_loss
 from .stages import ppo_stage, random_streams, reporter
 from .supervised import batches, fit
-from .training_data import TrainingData
+from .training_data import load_data
 
 
-def run_training(
-    settings: TrainSettings, data: TrainingData, display: Display, run: RunFolder
-) -> dict[str, float]:
-    """All stages that the folder does not have yet; returns the figures that are also printed.
+class Training:
+    """A training, from wherever its output folder has got to.
 
-    Every stage reads what the one before has written, so that one that was stopped in between goes
-    on as if it had not been.
+    A stage reads the folder that the one before has written, also when both are of one process:
+    so a training that was stopped in between goes on as if it had not been.
+
+    Args:
+        settings: of the training.
 
     Raises:
-        FileNotFoundError, ValueError: a model that is not there or does not fit.
-        FloatingPointError: a loss is not finite.
+        FileNotFoundError: no model folder.
+        ValueError: a mistake in a file, settings or models that do not fit each other, or an
+            output folder with another run. Nothing has been written then.
     """
-    (ppo_key, evaluator_key), (_, sft_rng, reward_rng, ppo_rng) = streams(settings.seed)
-    given = None
-    if settings.reward_model is not None:
-        given = RewardModel.from_pretrained(
-            settings.reward_model, compute_dtype=settings.compute_dtype
-        )
-    policy = _policy(given, settings, data, display, run, rng=sft_rng)
-    reward = given or _reward_model(policy, settings, data, display, run, rng=reward_rng)
-    return _ppo(
-        policy, reward, settings, data, display, run,
-        key=ppo_key, evaluator_key=evaluator_key, rng=ppo_rng,
-    )  # fmt: skip
 
+    def __init__(self, settings: TrainSettings):
+        keys, generators = random_streams(settings.seed, keys=2, generators=4)
+        self._ppo_key, self._evaluator_key = keys
+        split_rng, self._sft_rng, self._reward_rng, self._prompt_rng = generators
+        self.settings, self.folder = settings, settings.output
+        self.data = load_data(settings, split_rng)
+        self.config = settings.as_json(self.data.digests)
+        check_same_run(self.folder, self.config)
+        if not self.finished:
+            self._load_models()
 
-def streams(seed: int) -> tuple[list[Key[Array, ""]], list[np.random.Generator]]:
-    """(keys of PPO and of the evaluator, generators of split, SFT, reward model and prompts)"""
-    return random_streams(seed, keys=2, generators=4)
+    @property
+    def finished(self) -> bool:
+        """Whether the folder has the policy that PPO ended with."""
+        return has_weights(self.folder / "policy")
 
+    def run(self, display: Display, run: RunFolder) -> dict[str, float]:
+        """All stages that the folder does not have yet.
 
-def _policy(
-    given: RewardModel | None,
-    settings: TrainSettings,
-    data: TrainingData,
-    display: Display,
-    run: RunFolder,
-    *,
-    rng: np.random.Generator,
-) -> CausalLM:
-    """Stage 1: the policy that PPO starts from."""
-    base = CausalLM.from_pretrained(settings.model, compute_dtype=settings.compute_dtype)
-    if given is not None:
-        # Asked before hours of SFT: do they fit each other?
-        PPOActorCritic(base, given, settings.ppo)
-    if settings.sft is None:
-        return base
-    folder, config = run.path / "sft", data.sft_fit
-    if not has_weights(folder):
+        Returns:
+            The figures that are also printed.
+
+        Raises:
+            FloatingPointError: a loss is not finite.
+            ValueError: scores or parameters of PPO are not finite.
+        """
+        if self.settings.sft is not None and not has_weights(self.folder / "sft"):
+            self._fit_sft(display, run)
+        if self.settings.preferences is not None:
+            if not has_weights(self.folder / "reward_model"):
+                self._fit_reward_model(display, run)
+            self._reward = self._reward_model(self.folder / "reward_model")
+        return self._run_ppo(display, run)
+
+    def _load_models(self) -> None:
+        settings = self.settings
+        has_sft = settings.sft is not None and has_weights(self.folder / "sft")
+        self._policy = self._causal_lm(self.folder / "sft" if has_sft else settings.model)
+        if settings.reward_model is None:
+            self._reward = RewardModel.on(self._policy)
+        else:
+            self._reward = self._reward_model(settings.reward_model)
+        # What PPO would refuse after hours of SFT.
+        PPOActorCritic(self._policy, self._reward, settings.ppo)
+        check_settings(settings.ppo, settings.ppo, jax.device_count())
+
+    def _causal_lm(self, folder: Path) -> CausalLM:
+        return CausalLM.from_pretrained(folder, compute_dtype=self.settings.compute_dtype)
+
+    def _reward_model(self, folder: Path) -> RewardModel:
+        return RewardModel.from_pretrained(folder, compute_dtype=self.settings.compute_dtype)
+
+    def _fit_sft(self, display: Display, run: RunFolder) -> None:
+        """Stage 1: the policy that PPO starts from."""
+        data, config = self.data, self.data.sft_fit
         trained = fit(
-            base.model,
+            self._policy.model,
             next_token_loss,
-            batches(data.examples, data.num_read, config, rng),
+            batches(data.examples, data.num_read, config, self._sft_rng),
             config,
             report=reporter("sft", config.num_steps, display=display, run=run),
         )
-        base.with_model(trained).save_pretrained(folder)
-    return CausalLM.from_pretrained(folder, compute_dtype=settings.compute_dtype)
+        self._policy.with_model(trained).save_pretrained(self.folder / "sft")
+        self._policy = self._causal_lm(self.folder / "sft")
 
-
-def _reward_model(
-    policy: CausalLM,
-    settings: TrainSettings,
-    data: TrainingData,
-    display: Display,
-    run: RunFolder,
-    *,
-    rng: np.random.Generator,
-) -> RewardModel:
-    """Stage 2: what people prefer, from the policy's trunk."""
-    folder, config = run.path / "reward_model", data.reward_fit
-    if not has_weights(folder):
-        start = RewardModel.on(policy)
+    def _fit_reward_model(self, display: Display, run: RunFolder) -> None:
+        """Stage 2: what people prefer, from the policy's trunk."""
+        data, config = self.data, self.data.reward_fit
+        start = RewardModel.on(self._policy)
         trained = fit(
             start.model,
             preference_loss,
-            pair_batches(data.pairs, config, rng),
+            pair_batches(data.pairs, config, self._reward_rng),
             config,
             report=reporter("reward model", config.num_steps, display=display, run=run),
         )
@@ -108,52 +119,45 @@ def _reward_model(
         display.print(
             f"reward model: right on {accuracy:.1%} of {len(data.held_out_pairs)} held-out pairs"
         )
-        start.with_model(trained).save_pretrained(folder)
-    return RewardModel.from_pretrained(folder, compute_dtype=settings.compute_dtype)
+        start.with_model(trained).save_pretrained(self.folder / "reward_model")
 
+    def _run_ppo(self, display: Display, run: RunFolder) -> dict[str, float]:
+        """Stage 3, and what it has changed."""
+        settings, policy = self.settings, self._policy
+        models = PPOActorCritic(policy, self._reward, settings.ppo)
+        trainer = PPOTrainer(config=settings.ppo, actor_critic_model=models, rng_key=self._ppo_key)
+        evaluator = self._evaluator(models)
+        before = evaluator(policy.model)
+        run.samples("before", sample_rows(before))
+        checkpoint = self.folder / "checkpoint"
+        if has_checkpoint(checkpoint):
+            trainer.load_checkpoint(checkpoint)
+        ppo_stage(
+            trainer, self.data.prompts, width=self.data.prompt_width,
+            num_iterations=settings.num_iterations, display=display, run=run, rng=self._prompt_rng,
+            evaluate=lambda policy: held_out_metrics(evaluator(policy)),
+            evaluate_every=settings.evaluate_every,
+            checkpoint=checkpoint, save_every=settings.save_every,
+        )  # fmt: skip
+        after = evaluator(trainer.policy.model)
+        run.samples("after", sample_rows(after))
+        figures = compare(before, after)
+        run.rewind("result", 0)
+        run.metrics("result", settings.num_iterations, figures)
+        run.curves()
+        # Last: a folder that has it is finished.
+        trainer.save_model(self.folder / "policy")
+        print_outcome(display, before, after, figures)
+        return figures
 
-def _ppo(
-    policy: CausalLM,
-    reward: RewardModel,
-    settings: TrainSettings,
-    data: TrainingData,
-    display: Display,
-    run: RunFolder,
-    *,
-    key: Key[Array, ""],
-    evaluator_key: Key[Array, ""],
-    rng: np.random.Generator,
-) -> dict[str, float]:
-    """Stage 3, and what it has changed."""
-    width = max(map(len, data.prompts + data.held_out_prompts))
-    models = PPOActorCritic(policy, reward, settings.ppo)
-    trainer = PPOTrainer(config=settings.ppo, actor_critic_model=models, rng_key=key)
-    generation = settings.ppo.generation(width, policy.eos_token_ids, policy.pad_token_id)
-    evaluator = Evaluator(
-        as_prompts(data.held_out_prompts, pad_id=policy.pad_token_id, width=width),
-        reference=policy.model,
-        reward=models.reward(),
-        tokenizer=data.tokenizer,
-        config=replace(generation, samples_per_prompt=1, decode_slots=None),
-        key=evaluator_key,
-    )
-    before = evaluator(policy.model)
-    run.samples("before", sample_rows(before))
-    checkpoint = run.path / "checkpoint"
-    if has_checkpoint(checkpoint):
-        trainer.load_checkpoint(checkpoint)
-    ppo_stage(
-        trainer, data.prompts, width=width, num_iterations=settings.num_iterations,
-        display=display, run=run, rng=rng, checkpoint=checkpoint, save_every=settings.save_every,
-        evaluate=lambda policy: held_out_metrics(evaluator(policy)),
-        evaluate_every=settings.evaluate_every,
-    )  # fmt: skip
-    after = evaluator(trainer.policy.model)
-    run.samples("after", sample_rows(after))
-    figures = compare(before, after)
-    run.rewind("result", 0)
-    run.metrics("result", settings.num_iterations, figures)
-    run.curves()
-    trainer.save_model(run.path / "policy")
-    print_outcome(display, before, after, figures)
-    return figures
+    def _evaluator(self, models: PPOActorCritic) -> Evaluator:
+        policy, width = models.policy_model, self.data.prompt_width
+        generation = models.config.generation(width, policy.eos_token_ids, policy.pad_token_id)
+        return Evaluator(
+            as_prompts(self.data.held_out_prompts, pad_id=policy.pad_token_id, width=width),
+            reference=policy.model,
+            reward=models.reward(),
+            tokenizer=self.data.tokenizer,
+            config=replace(generation, samples_per_prompt=1, decode_slots=None),
+            key=self._evaluator_key,
+        )

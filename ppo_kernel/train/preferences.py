@@ -1,6 +1,5 @@
 """A reward model from pairs: of two responses to a prompt, the one that people prefer."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ from jaxtyping import Array, Float
 
 from ..models.base import Critic
 from .reward_model import bradley_terry_loss, score_sequences, sequence_scores
-from .supervised import Batch, FitConfig, pad_right
+from .supervised import Batch, FitConfig, pad_right, shuffled
 
 
 @dataclass(frozen=True)
@@ -37,17 +36,9 @@ def pair_batches(
     Raises:
         ValueError: there are fewer pairs than `config.batch_size`.
     """
-    size = config.batch_size
-    if len(pairs) < size:
-        raise ValueError(f"{len(pairs)} pairs do not fill one batch of {size}.")
-    while True:
-        order = rng.permutation(len(pairs))
-        for start in range(0, len(pairs) - size + 1, size):
-            rows = sorted((pairs[i] for i in order[start : start + size]), key=len)
-            bounds = np.linspace(0, size, len(config.widths) + 1).astype(int)
-            yield tuple(
-                _batch(rows[low:high], config.widths) for low, high in itertools.pairwise(bounds)
-            )
+    for indices in shuffled(len(pairs), config.batch_size, rng, what="pairs"):
+        rows = sorted((pairs[i] for i in indices), key=len)
+        yield tuple(_batch(rows[low:high], config.widths) for low, high in config.bounds())
 
 
 def _batch(pairs: Sequence[TokenPair], widths: Sequence[int]) -> Batch:

@@ -43,7 +43,7 @@ class RunFolder:
         self.path = Path(path)
         self._file = self.path / "metrics.jsonl"
         if resume is not None:
-            check_settings(self.path, resume)
+            check_same_run(self.path, resume)
         elif self._file.exists():
             raise ValueError(f"{self.path} has a run in it; choose another folder or delete it.")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -117,17 +117,19 @@ class RunFolder:
             self._events.add_scalar(f"{line['stage']}/{name}", line[name], line["step"])
 
 
-def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+def check_same_run(path: Path, settings: Mapping[str, Any]) -> None:
     """Refuse to go on with a run of other settings than those of its `config.json`.
+
+    One that was stopped before its first metrics has nothing to go on with, and gives way.
 
     Raises:
         ValueError: the folder has a run without them, or with others: which, and their values.
     """
     file = path / "config.json"
-    if not file.is_file():
-        if (path / "metrics.jsonl").exists():
-            raise ValueError(f"{path} has a run without config.json; choose another folder.")
+    if not _read_lines(path / "metrics.jsonl"):
         return
+    if not file.is_file():
+        raise ValueError(f"{path} has a run without config.json; choose another folder.")
     old = _flat(json.loads(file.read_text(encoding="utf-8")))
     new = _flat(json.loads(json.dumps(settings, default=_plain)))
     differing = [name for name in old | new if old.get(name) != new.get(name)]

@@ -15,7 +15,7 @@ from ..models.base import Policy
 from .display import Display
 from .ppo import PPOBatch, PPOTrainer
 from .run_folder import RunFolder
-from .supervised import Report
+from .supervised import Report, shuffled
 
 Evaluate = Callable[[Policy], dict[str, float]]
 """policy -> metrics on held-out prompts."""
@@ -63,15 +63,8 @@ def prompt_batches(
     Raises:
         ValueError: there are fewer prompts than a batch takes.
     """
-    if len(prompts) < batch_size:
-        raise ValueError(f"{len(prompts)} prompts do not fill one batch of {batch_size}.")
-    orders = (rng.permutation(len(prompts)) for _ in itertools.count())
-    batches = (
-        order[first : first + batch_size]
-        for order in orders
-        for first in range(0, len(order) - batch_size + 1, batch_size)
-    )
-    for indices in itertools.islice(batches, start, None):
+    order = shuffled(len(prompts), batch_size, rng, what="prompts")
+    for indices in itertools.islice(order, start, None):
         tokens, mask = left_pad([prompts[i] for i in indices], pad_id=pad_id, width=width)
         yield PPOBatch(jnp.asarray(tokens), jnp.asarray(mask))
 

@@ -1,5 +1,6 @@
 """One training loop for the two supervised stages, and the batches it takes."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ..config import FRACTION, Range, check_whole
 from .weight_decay import matrices
 
 Report = Callable[[int, dict[str, float]], None]
@@ -30,7 +32,7 @@ class FitConfig:
         max_grad_norm: global-norm clip.
 
     Raises:
-        ValueError: a count is too small.
+        ValueError: a value is out of its range.
     """
 
     num_steps: int
@@ -42,16 +44,27 @@ class FitConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self):
+        for name in ("num_steps", "batch_size"):
+            check_whole(name, getattr(self, name))
+        for name in ("learning_rate", "weight_decay"):
+            Range(0).check(name, getattr(self, name))
+        Range(0, above=True).check("max_grad_norm", self.max_grad_norm)
+        FRACTION.check("average", self.average)
         if self.num_steps < 2:
             raise ValueError(
                 f"num_steps must be at least 2, got {self.num_steps}: the first is warm-up, and "
                 "there the learning rate is 0."
             )
-        if self.batch_size < len(self.widths) or min(self.widths) < 1:
+        if not 0 < len(self.widths) <= self.batch_size or min(self.widths) < 1:
             raise ValueError(
                 f"widths={self.widths} must be at least 1, and a batch have a sequence for each; "
                 f"got batch_size={self.batch_size}."
             )
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """(first, past the last) row of each part of a batch that is sorted by length."""
+        edges = np.linspace(0, self.batch_size, len(self.widths) + 1).astype(int).tolist()
+        return list(itertools.pairwise(edges))
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW as described."""
@@ -92,6 +105,28 @@ def padded_batches(
         yield jnp.asarray(np.pad(tokens, fill)), jnp.asarray(np.pad(mask, fill))
 
 
+def shuffled(
+    count: int, size: int, rng: np.random.Generator, *, what: str
+) -> Iterator[Int[np.ndarray, " size"]]:
+    """Endless batches of the indices below `count`: each once an epoch, in a new order each.
+
+    Args:
+        count: of what is drawn; where it is no multiple of `size`, each epoch leaves others out.
+        size: of a batch.
+        rng: decides the order.
+        what: is drawn, for the error.
+
+    Raises:
+        ValueError: there are fewer than `size`.
+    """
+    if count < size:
+        raise ValueError(f"{count} {what} do not fill one batch of {size}.")
+    while True:
+        order = rng.permutation(count)
+        for start in range(0, count - size + 1, size):
+            yield order[start : start + size]
+
+
 def batches(
     sequences: Sequence[Sequence[int]],
     targets: Sequence[float],
@@ -108,19 +143,14 @@ def batches(
     Raises:
         ValueError: there are fewer sequences than `config.batch_size`.
     """
-    count, size = len(sequences), config.batch_size
-    if count < size:
-        raise ValueError(f"{count} sequences do not fill one batch of {size}.")
-    while True:
-        order = rng.permutation(count)
-        for start in range(0, count - size + 1, size):
-            rows = [(augment(sequences[i], rng), targets[i]) for i in order[start : start + size]]
-            rows.sort(key=lambda row: len(row[0]))
-            bounds = np.linspace(0, size, len(config.widths) + 1).astype(int)
-            yield tuple(
-                _batch(rows[low:high], width)
-                for low, high, width in zip(bounds[:-1], bounds[1:], config.widths, strict=True)
-            )
+    bounds = config.bounds()
+    for indices in shuffled(len(sequences), config.batch_size, rng, what="sequences"):
+        rows = [(augment(sequences[i], rng), targets[i]) for i in indices]
+        rows.sort(key=lambda row: len(row[0]))
+        yield tuple(
+            _batch(rows[low:high], width)
+            for (low, high), width in zip(bounds, config.widths, strict=True)
+        )
 
 
 def _batch(rows: Sequence[tuple[Sequence[int], float]], width: int) -> Batch:

@@ -48,6 +48,11 @@ class TrainingData:
     digests: dict[str, str]
     notes: list[str]
 
+    @property
+    def prompt_width(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.prompts + self.held_out_prompts))
+
 
 class Encoder:
     """Text to the ids that a policy reads and writes.
