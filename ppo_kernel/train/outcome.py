@@ -1,16 +1,17 @@
 """What PPO has changed: samples of two policies on the same prompts, side by side."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from .display import Display, table
 from .evaluate import Samples
 
-_MEANS = (
-    ("reward", "reward"),
-    ("distinct_2", "distinct-2"),
-    ("sft_perplexity", "perplexity under the SFT model"),
-    ("length", "length, tokens"),
-)
+MEANS = {
+    "reward": "reward",
+    "distinct_2": "distinct-2",
+    "sft_perplexity": "perplexity under the SFT model",
+    "length": "length, tokens",
+}
 """Figure of `compare` -> what a person reads."""
 
 
@@ -56,7 +57,8 @@ def print_outcome(
     before: Samples,
     after: Samples,
     figures: dict[str, float],
-    means: tuple[tuple[str, str], ...] = _MEANS,
+    *,
+    means: Mapping[str, str] = MEANS,
 ) -> None:
     """Eight prompts with both responses, and the means of all."""
     rows = [
@@ -68,6 +70,6 @@ def print_outcome(
     display.print(table("Held-out prompts", ["prompt", "SFT", "PPO"], rows))
     rows = [
         [label, f"{figures[f'{key}_before']:.3f}", f"{figures[f'{key}_after']:.3f}"]
-        for key, label in means
+        for key, label in means.items()
     ]
     display.print(table("Mean over the held-out prompts", ["", "SFT", "PPO"], rows))

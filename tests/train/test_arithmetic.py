@@ -14,18 +14,18 @@ from ppo_kernel.train.config import PPOConfig
 from ppo_kernel.train.display import Display
 from ppo_kernel.train.pretrained import CausalLM
 from ppo_kernel.train.run_folder import RunFolder
-from ppo_kernel.train.sft import next_token_logprobs
+from ppo_kernel.train.sft import next_token_logprobs, next_token_loss
 from ppo_kernel.train.stages import random_streams
 from ppo_kernel.train.supervised import Batch, FitConfig, pad_right
 from ppo_kernel.train.tasks.arithmetic import (
     ANSWER_WIDTH,
     PROMPT_WIDTH,
     ArithmeticSettings,
-    answer_loss,
     exact,
     make_tokenizer,
     question,
     run_arithmetic,
+    solved,
     split_problems,
 )
 
@@ -105,13 +105,14 @@ def test_every_token_but_eos_is_seen_by_the_reward():
 
 def test_the_sft_loss_is_of_the_answer_alone():
     tokenizer = make_tokenizer()
-    ids = [[*x, tokenizer.eos_id] for x in tokenizer.encode(["3+4=7", "37+45=82"])]
+    ids, num_read = solved([(3, 4), (37, 45)], tokenizer)
+    assert ids == [[*x, tokenizer.eos_id] for x in tokenizer.encode(["3+4=7", "37+45=82"])]
     tokens, mask = (jnp.asarray(x) for x in pad_right(ids, PROMPT_WIDTH + ANSWER_WIDTH))
 
     @jax.jit
     def both():
         policy = LanguageModel.init(jax.random.key(0), TINY)
-        loss = answer_loss(policy, (Batch(tokens, mask, jnp.zeros(2)),))
+        loss = next_token_loss(policy, (Batch(tokens, mask, jnp.asarray(num_read)),))
         return next_token_logprobs(policy, tokens, mask)[0], loss
 
     logprobs, loss = both()

@@ -46,8 +46,8 @@ NEEDED = ("--model", "m", "--prompts", "p.jsonl", "--output", "o")
 def test_every_setting_that_a_line_can_say_is_a_flag(chosen):
     settings = chosen(
         *NEEDED, "--preferences", "r.jsonl", "--num-iterations", "7", "--sft-fit.widths", "64",
-        "256", "--reward-fit.average", "0.9", "--ppo.kl-estimator", "k3", "--ppo.value-clip", "None",
-        "--ppo.top-k", "5", "--ppo.kl-in-loss", "--ppo.response-widths", "16", "32",
+        "256", "--reward-fit.average", "0.9", "--ppo.kl-estimator", "k3", "--ppo.value-clip",
+        "None", "--ppo.top-k", "5", "--ppo.kl-in-loss", "--ppo.response-widths", "16", "32",
     )  # fmt: skip
     assert (settings.num_iterations, settings.sft_fit.widths) == (7, (64, 256))
     assert settings.reward_fit.average == 0.9

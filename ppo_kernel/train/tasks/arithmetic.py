@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tokenizers
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 from tokenizers import decoders
 from tokenizers.models import BPE
 
@@ -21,21 +20,19 @@ from ...config import GenerationConfig
 from ...io.tokenizer import Tokenizer
 from ...models import TransformerConfig
 from ...models.base import Policy
-from ...ops.masked import masked_mean
 from ..config import PPOConfig
 from ..display import Display, table
 from ..evaluate import Evaluator, Samples, as_prompts
 from ..ppo import PPOActorCritic, PPOTrainer
 from ..pretrained import CausalLM
 from ..run_folder import RunFolder
-from ..sft import next_token_logprobs
+from ..sft import next_token_loss
 from ..stages import ppo_stage, random_streams, reporter
-from ..supervised import Batch, FitConfig, batches, fit
+from ..supervised import FitConfig, batches, fit
 from ..text_reward import PythonReward
 
 EOS = "</s>"
 ALPHABET = "0123456789+="
-EQUALS = 1 + ALPHABET.index("=")
 PROMPT_WIDTH = len("99+99=")
 ANSWER_WIDTH = len("198") + 1
 """Tokens of the longest answer, EOS included."""
@@ -188,12 +185,14 @@ class Examiner:
         }
 
 
-def answer_loss(policy: Policy, parts: tuple[Batch, ...]) -> Float[Array, ""]:
-    """Mean negative log-likelihood of the tokens after `=`, nats; operands cannot be foreseen."""
-    (batch,) = parts
-    logprobs, valid = next_token_logprobs(policy, batch.tokens, batch.mask)
-    answered = jnp.cumsum(batch.tokens == EQUALS, axis=1) > 0
-    return -masked_mean(logprobs, valid & answered[:, :-1])
+def solved(
+    problems: Sequence[Problem], tokenizer: Tokenizer
+) -> tuple[list[list[int]], list[float]]:
+    """(problems with their answers, tokens that are only read): operands cannot be foreseen."""
+    questions = tokenizer.encode([question(problem) for problem in problems])
+    answers = tokenizer.encode([str(sum(problem)) for problem in problems])
+    rows = [[*q, *a, tokenizer.id_of(EOS)] for q, a in zip(questions, answers, strict=True)]
+    return rows, [float(len(ids)) for ids in questions]
 
 
 def fit_sft(
@@ -212,14 +211,13 @@ def fit_sft(
     tokenizer = make_tokenizer()
     model_key, examiner_key = jax.random.split(key)
     model = CausalLM.init(model_key, settings.policy, tokenizer=tokenizer)
-    texts = [f"{question(problem)}{sum(problem)}" for problem in problems.sft]
-    sequences = [[*ids, tokenizer.id_of(EOS)] for ids in tokenizer.encode(texts)]
+    sequences, num_read = solved(problems.sft, tokenizer)
     asked = problems.ppo[: settings.num_stop_problems]
     examiner = Examiner(asked, reference=model.model, tokenizer=tokenizer, key=examiner_key)
     trained = fit(
         model.model,
-        answer_loss,
-        batches(sequences, [0.0] * len(sequences), settings.sft, rng),
+        next_token_loss,
+        batches(sequences, num_read, settings.sft, rng),
         settings.sft,
         report=reporter("sft", settings.sft.num_steps, display=display, run=run),
         report_every=10,

@@ -23,6 +23,7 @@ from ...scoring import ModelReward
 from ..config import PPOConfig
 from ..display import Display, table
 from ..evaluate import Evaluator, Samples, as_prompts, standard_error
+from ..outcome import MEANS, compare, held_out_metrics, print_outcome, sample_rows
 from ..ppo import PPOActorCritic, PPOTrainer
 from ..pretrained import CausalLM, RewardModel
 from ..reward_model import pair_accuracy, reward_model_loss, ridge_baseline, score_sequences
@@ -270,9 +271,9 @@ def run_sentiment(
     )  # fmt: skip
     after = evaluator(trainer.policy.model)
     figures = accuracy | {"sft_held_out_perplexity": held_out_perplexity}
-    figures |= compare(before, after, judge)
+    figures |= figures_of(before, after, judge)
     _save(trainer, sft, reward_model, run)
-    _print_result(display, before, after, judge, figures)
+    _print_result(display, before, after, figures)
     run.samples("before", _rows(before, judge))
     run.samples("after", _rows(after, judge))
     run.metrics("result", settings.num_iterations, figures)
@@ -280,47 +281,26 @@ def run_sentiment(
     return figures
 
 
-def compare(before: Samples, after: Samples, judge: Judge) -> dict[str, float]:
-    """The figures that say whether PPO did what it should."""
+def figures_of(before: Samples, after: Samples, judge: Judge) -> dict[str, float]:
+    """The figures that say whether PPO did what it should, to the judge as well."""
     scores = [judge(samples.prompts, samples.responses) for samples in (before, after)]
-    return {
-        "reward_before": float(before.scores.mean()),
-        "reward_after": float(after.scores.mean()),
-        "reward_gain_in_sft_deviations": float(
-            (after.scores.mean() - before.scores.mean()) / before.scores.std()
-        ),
+    return compare(before, after) | {
         "judge_before": float(scores[0].mean()),
         "judge_after": float(scores[1].mean()),
         "judge_gain": float(scores[1].mean() - scores[0].mean()),
         "judge_standard_error": standard_error(scores[1] - scores[0]),
-        "kl_per_sequence": float(after.sequence_kl.mean()),
-        "distinct_2_before": before.distinct_2,
-        "distinct_2_after": after.distinct_2,
-        "distinct_2_kept": after.distinct_2 / max(before.distinct_2, 1e-9),
-        "sft_perplexity_before": before.reference_perplexity,
-        "sft_perplexity_after": after.reference_perplexity,
-        "length_before": float(before.lengths.mean()),
-        "length_after": float(after.lengths.mean()),
     }
 
 
 def _judged(samples: Samples, judge: Judge) -> dict[str, float]:
-    return {
-        "judge": float(judge(samples.prompts, samples.responses).mean()),
-        "held_out_reward": float(samples.scores.mean()),
-        "held_out_kl": float(samples.sequence_kl.mean()),
-    }
+    scores = judge(samples.prompts, samples.responses)
+    return held_out_metrics(samples) | {"judge": float(scores.mean())}
 
 
 def _rows(samples: Samples, judge: Judge) -> list[dict]:
     scores = judge(samples.prompts, samples.responses)
-    return [
-        {"prompt": p, "response": r, "reward": float(s), "judge": float(j), "kl": float(k)}
-        for p, r, s, j, k in zip(
-            samples.prompts, samples.responses, samples.scores, scores, samples.sequence_kl,
-            strict=True,
-        )
-    ]  # fmt: skip
+    rows = zip(sample_rows(samples), scores, strict=True)
+    return [row | {"judge": float(score)} for row, score in rows]
 
 
 def _save(trainer: PPOTrainer, sft: CausalLM, reward_model: RewardModel, run: RunFolder) -> None:
@@ -343,24 +323,9 @@ def _print_accuracy(display: Display, accuracy: dict[str, float]) -> None:
 
 
 def _print_result(
-    display: Display, before: Samples, after: Samples, judge: Judge, figures: dict[str, float]
+    display: Display, before: Samples, after: Samples, figures: dict[str, float]
 ) -> None:
-    samples = [
-        [prompt.strip(), first.strip(), second.strip()]
-        for prompt, first, second in zip(
-            before.prompts[:8], before.responses, after.responses, strict=False
-        )
-    ]
-    display.print(table("Held-out prompts", ["prompt", "SFT", "PPO"], samples))
-    rows = [
-        [label, f"{figures[f'{key}_before']:.3f}", f"{figures[f'{key}_after']:.3f}"]
-        for key, label in (
-            ("reward", "reward model"), ("judge", "independent judge"),
-            ("distinct_2", "distinct-2"),
-            ("sft_perplexity", "perplexity under the SFT model"), ("length", "length, tokens"),
-        )
-    ]  # fmt: skip
-    display.print(table("Mean over the held-out prompts", ["", "SFT", "PPO"], rows))
+    print_outcome(display, before, after, figures, means=MEANS | {"judge": "independent judge"})
     display.print(
         f"reward +{figures['reward_gain_in_sft_deviations']:.2f} standard deviations of the SFT "
         f"policy's scores, judge {figures['judge_gain']:+.3f}, "
