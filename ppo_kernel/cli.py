@@ -71,7 +71,7 @@ def train(settings: TrainSettings, command: str) -> None:
     try:
         with RunFolder(folder, resume=training.config) as run, Display() as display:
             display.print(f"training on {device_description()}, writing to {folder}")
-            for note in training.data.notes:
+            for note in (training.data.summary(), *training.data.notes):
                 display.print(note)
             training.run(display, run)
             display.print(f"{time.monotonic() - start:.0f} s; {folder} has curves and models")

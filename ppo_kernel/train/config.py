@@ -19,12 +19,14 @@ class PPOConfig:
     """Settings of a PPO run.
 
     Attributes:
-        learning_rate_actor, learning_rate_critic: Adam step sizes.
+        learning_rate_actor, learning_rate_critic: Adam's step size.
         learning_rate_schedule: iteration -> factor on both rates; None keeps them.
         clip_ratio: the ratio is clipped to [1 - clip_ratio, 1 + clip_ratio_high].
         clip_ratio_high: None takes `clip_ratio`.
-        dual_clip, value_clip: see `Hyperparams`; None switches one off.
-        gamma, lambda_gae: discount and GAE's lambda.
+        dual_clip: bound on the ratio times a negative advantage, above 1; None for none.
+        value_clip: how far values may move from the old ones in an iteration; None for any.
+        gamma: discount.
+        lambda_gae: GAE's lambda.
         num_ppo_epochs: passes over a batch.
         train_batch_size: sequences an iteration (prompts * samples_per_prompt).
         num_minibatches: optimizer steps an epoch.
@@ -32,18 +34,30 @@ class PPOConfig:
             minibatch means gradient accumulation. It never changes the result.
         sft_model_path, reward_model_path: model folders; the caller loads them.
         kl_coeff: weight of the KL penalty (its start where `kl_target` is set).
-        kl_target, kl_horizon: adaptive coefficient: nats a sequence, and sequences.
-        kl_estimator: k1, k2, k3 of `ppo_kernel.ops.kl`, or your own.
+        kl_target: nats a sequence that an adaptive coefficient aims at; None keeps it fixed.
+        kl_horizon: sequences over which the adaptive coefficient acts.
+        kl_estimator: k1, k2 or k3 of `ppo_kernel.ops.kl`, or a function of your own.
         kl_in_loss: the penalty is a loss term instead of a part of the rewards.
         max_seq_len: bound on prompt + response tokens.
         max_new_tokens: response tokens; None takes what the prompt leaves of `max_seq_len`.
-        min_new_tokens, samples_per_prompt, temperature, top_k, top_p, min_p: sampling.
+        min_new_tokens: EOS is banned before so many tokens.
+        samples_per_prompt: responses to each prompt of a batch.
+        temperature: of sampling and of all log-probabilities.
+        top_k: sampling keeps the k likeliest tokens; None keeps all.
+        top_p: sampling keeps the likeliest tokens that hold this probability; None keeps all.
+        min_p: sampling drops tokens less likely than this share of the likeliest; None keeps all.
         decode_slots: sequences decoded at a time, over all devices; see `GenerationConfig`.
-        entropy_coeff, value_coeff, max_grad_norm: see `Hyperparams`; the norm is clipped for
-            actor and critic each.
-        missing_eos_penalty, score_clip: see `Hyperparams`.
-        whiten_advantages, bootstrap_truncated, recompute_old_logprobs, logprob_chunk_size,
-            response_widths: see `IterationConfig`.
+        entropy_coeff: weight of the entropy bonus.
+        value_coeff: weight of the value loss; 0 freezes the critic.
+        max_grad_norm: clip of the gradient's norm, of actor and critic each; None for none.
+        missing_eos_penalty: subtracted from the score of a response without EOS.
+        score_clip: scores are clipped to [-score_clip, score_clip]; None for none.
+        whiten_advantages: to mean 0 and deviation 1 over all tokens of the batch.
+        bootstrap_truncated: a response that ran out of room continues with the critic's value.
+        recompute_old_logprobs: by a whole forward pass instead of the rollout's own.
+        logprob_chunk_size: tokens that pass the output head at a time; None for all.
+        response_widths: ascending numbers of response slots that the update is compiled for,
+            besides the most; they decide speed, never the result.
         weight_decay: decoupled, on the matrices of actor and critic.
 
     Raises:

@@ -8,10 +8,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..io.folders import existing_folder
-from ..io.manifest import Manifest
 from ..io.text_files import Example, Preference, read_examples, read_preferences, read_prompts
 from ..io.tokenizer import Tokenizer
+from .encoder import Encoder
 from .preferences import TokenPair
 from .settings import TrainSettings
 from .supervised import FitConfig
@@ -53,41 +52,21 @@ class TrainingData:
         """Tokens of the longest prompt."""
         return max(map(len, self.prompts + self.held_out_prompts))
 
-
-class Encoder:
-    """Text to the ids that a policy reads and writes.
-
-    Args:
-        folder: of the policy.
-
-    Raises:
-        FileNotFoundError: no such folder, or it has no config.json.
-        ValueError: it has no tokenizer, or nothing says what ends a text.
-    """
-
-    def __init__(self, folder: Path):
-        manifest = Manifest.read(existing_folder(folder))
-        self.tokenizer = Tokenizer.load(folder)
-        ids, own = manifest.eos_token_ids(self.tokenizer), self.tokenizer.eos_id
-        if not ids:
-            raise ValueError(
-                f"{folder} does not say which token ends a text; add eos_token_id to its "
-                "config.json."
+    def summary(self) -> str:
+        """What the stages train on, in a line."""
+        parts = [
+            f"{len(self.prompts)} prompts ({len(self.held_out_prompts)} more held out) of up to "
+            f"{self.prompt_width} tokens"
+        ]
+        if self.examples:
+            epochs = _epochs(self.sft_fit, self.examples)
+            parts.append(f"SFT on {len(self.examples)} examples, {epochs}")
+        if self.pairs:
+            held_out, epochs = len(self.held_out_pairs), _epochs(self.reward_fit, self.pairs)
+            parts.append(
+                f"reward model on {len(self.pairs)} pairs ({held_out} more held out), {epochs}"
             )
-        self.eos_id = own if own in ids else ids[0]
-
-    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each with what the tokenizer puts in front of a text, such as BOS."""
-        return self.tokenizer.encode(texts)
-
-    def texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each as a prompt, and EOS."""
-        return [[*ids, self.eos_id] for ids in self.tokenizer.encode(texts)]
-
-    def responses(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each as it continues a prompt, and EOS."""
-        encoded = self.tokenizer.encode(texts, add_special_tokens=False)
-        return [[*ids, self.eos_id] for ids in encoded]
+        return "; ".join(parts)
 
 
 def load_data(settings: TrainSettings, rng: np.random.Generator) -> TrainingData:
@@ -225,3 +204,7 @@ def _no_wider(config: FitConfig, rows: Sequence[Sequence[int] | TokenPair]) -> F
     """The settings with widths no larger than the longest row needs; a few sizes for many data."""
     longest = -(-max(map(len, rows), default=1) // _WIDTH_STEP) * _WIDTH_STEP
     return replace(config, widths=tuple(min(width, longest) for width in config.widths))
+
+
+def _epochs(config: FitConfig, rows: Sequence) -> str:
+    return f"{config.num_steps * config.batch_size / len(rows):.2g} times"

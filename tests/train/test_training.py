@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 from rich.console import Console
 from test_pretrained import make_lm, word_tokenizer
+from tokenizers import processors
 
+from ppo_kernel.io.tokenizer import Tokenizer
 from ppo_kernel.models import ValueModel
 from ppo_kernel.train.config import PPOConfig
 from ppo_kernel.train.display import Display
+from ppo_kernel.train.encoder import Encoder
 from ppo_kernel.train.pipeline import Training
 from ppo_kernel.train.pretrained import CausalLM, RewardModel
 from ppo_kernel.train.run_folder import RunFolder
 from ppo_kernel.train.settings import TrainSettings
 from ppo_kernel.train.sft import next_token_loss
 from ppo_kernel.train.supervised import FitConfig, batches
-from ppo_kernel.train.training_data import Encoder, load_data
+from ppo_kernel.train.training_data import load_data
 
 EOS = 1
 FIT = FitConfig(num_steps=20, batch_size=4, widths=(16,), learning_rate=1e-2)
@@ -301,3 +304,26 @@ def test_nothing_held_out_is_trained_on(folder, tmp_path):
     texts = [row["prompt"] for row in lines(folder / "prompts.jsonl")]
     everything = sorted(Encoder(folder / "model").prompts(texts))
     assert sorted(data.prompts + data.held_out_prompts) == everything
+
+
+def test_bos_and_eos_stand_once_also_where_a_chat_template_has_written_them(tmp_path):
+    tokenizer = word_tokenizer()
+    tokenizer.backend.post_processor = processors.TemplateProcessing(
+        single="<pad> $A", special_tokens=[("<pad>", 0)]
+    )
+    tokenizer = Tokenizer.of(
+        tokenizer.backend, eos_token="</s>", pad_token="<pad>", bos_token="<pad>"
+    )
+    make_lm(tokenizer=tokenizer).save_pretrained(tmp_path)
+    encoder = Encoder(tmp_path)
+    assert encoder.prompts(["w0 w1", "<pad> w0 w1"]) == [[0, 3, 4]] * 2
+    assert encoder.texts(["w0", "<pad> w0 </s>"]) == [[0, 3, EOS]] * 2
+    assert encoder.responses(["w0", "w0 </s>"]) == [[3, EOS]] * 2
+
+
+def test_a_summary_says_how_often_each_row_is_seen(folder, tmp_path):
+    data = load_data(settings(folder, tmp_path), np.random.default_rng(0))
+    assert data.summary() == (
+        "22 prompts (2 more held out) of up to 3 tokens; SFT on 10 examples, 8 times; "
+        "reward model on 18 pairs (2 more held out), 13 times"
+    )
