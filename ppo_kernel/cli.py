@@ -53,7 +53,7 @@ def demo(arguments: Demo) -> None:
         display.print(f"{time.monotonic() - start:.0f} s; {folder} has the curves and the models")
 
 
-def train(settings: TrainSettings, command: str) -> None:
+def train(settings: TrainSettings) -> None:
     """Run what the output folder does not have yet, with a live view."""
     from .train.display import Display
     from .train.evaluate import device_description
@@ -63,21 +63,17 @@ def train(settings: TrainSettings, command: str) -> None:
     start, folder = time.monotonic(), settings.output
     try:
         training = Training(settings)
+        if training.finished:
+            print(f"{folder} is finished: {folder / 'policy'} has the policy")
+            return
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"ppo-kernel train: {error}")
-    if training.finished:
-        print(f"{folder} is finished: {folder / 'policy'} has the policy")
-        return
-    try:
-        with RunFolder(folder, resume=training.config) as run, Display() as display:
-            display.print(f"training on {device_description()}, writing to {folder}")
-            for note in (training.data.summary(), *training.data.notes):
-                display.print(note)
-            training.run(display, run)
-            display.print(f"{time.monotonic() - start:.0f} s; {folder} has curves and models")
-    except KeyboardInterrupt:
-        print(f"stopped; to go on from what {folder} has: {command}")
-        sys.exit(130)
+    with RunFolder(folder, resume=training.config) as run, Display() as display:
+        display.print(f"training on {device_description()}, writing to {folder}")
+        for note in (training.data.summary(), *training.data.notes):
+            display.print(note)
+        training.run(display, run)
+        display.print(f"{time.monotonic() - start:.0f} s; {folder} has the curves and the models")
 
 
 def main() -> None:
@@ -110,7 +106,14 @@ def _main(arguments: list[str]) -> None:
         settings = settings_of(TrainSettings, chosen)
     except ValueError as error:
         sys.exit(f"ppo-kernel train: {error}")
-    train(settings, shlex.join(["ppo-kernel", *arguments]))
+    try:
+        train(settings)
+    except FloatingPointError as error:
+        sys.exit(f"ppo-kernel train: {error}")
+    except KeyboardInterrupt:
+        command = shlex.join(["ppo-kernel", *arguments])
+        print(f"stopped; to go on from what {settings.output} has: {command}")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

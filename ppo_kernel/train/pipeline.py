@@ -7,6 +7,7 @@ import jax
 
 from ..io.checkpoint import has_checkpoint
 from ..io.folders import has_weights
+from ..models.heads import LanguageModel
 from .display import Display
 from .evaluate import Evaluator, as_prompts
 from .outcome import compare, held_out_metrics, print_outcome, sample_rows
@@ -15,7 +16,7 @@ from .preferences import pair_batches, preference_accuracy, preference_loss
 from .pretrained import CausalLM, RewardModel
 from .run_folder import RunFolder, check_same_run
 from .settings import TrainSettings
-from .sft import next_token_loss
+from .sft import next_token_loss, perplexity
 from .stages import ppo_stage, random_streams, reporter
 from .supervised import batches, fit
 from .training_data import load_data
@@ -64,22 +65,22 @@ class Training:
         """
         if self.settings.sft is not None and not has_weights(self.folder / "sft"):
             self._fit_sft(display, run)
-        if self.settings.preferences is not None:
+        reward = self._given_reward
+        if reward is None:
             if not has_weights(self.folder / "reward_model"):
                 self._fit_reward_model(display, run)
-            self._reward = self._reward_model(self.folder / "reward_model")
-        return self._run_ppo(display, run)
+            reward = self._reward_model(self.folder / "reward_model")
+        return self._run_ppo(reward, display, run)
 
     def _load_models(self) -> None:
         settings = self.settings
         has_sft = settings.sft is not None and has_weights(self.folder / "sft")
         self._policy = self._causal_lm(self.folder / "sft" if has_sft else settings.model)
-        if settings.reward_model is None:
-            self._reward = RewardModel.on(self._policy)
-        else:
-            self._reward = self._reward_model(settings.reward_model)
+        given = settings.reward_model
+        self._given_reward = None if given is None else self._reward_model(given)
         # What PPO would refuse after hours of SFT.
-        PPOActorCritic(self._policy, self._reward, settings.ppo)
+        reward = self._given_reward or RewardModel.on(self._policy)
+        PPOActorCritic(self._policy, reward, settings.ppo)
         check_settings(settings.ppo, settings.ppo, jax.device_count())
 
     def _causal_lm(self, folder: Path) -> CausalLM:
@@ -90,41 +91,49 @@ class Training:
 
     def _fit_sft(self, display: Display, run: RunFolder) -> None:
         """Stage 1: the policy that PPO starts from."""
-        data, config = self.data, self.data.sft_fit
-        trained = fit(
-            self._policy.model,
-            next_token_loss,
-            batches(data.examples, data.num_read, config, self._sft_rng),
-            config,
-            report=reporter("sft", config.num_steps, display=display, run=run),
+        examples, config = self.data.examples.train, self.data.sft_fit
+        report = reporter("sft", config.num_steps, display=display, run=run)
+        before = self._held_out_perplexity(self._policy.model)
+        run.metrics("sft", 0, {"held_out_perplexity": before})
+        ids, num_read = [x.ids for x in examples], [float(x.num_read) for x in examples]
+        stream = batches(ids, num_read, config, self._sft_rng)
+        trained = fit(self._policy.model, next_token_loss, stream, config, report=report)
+        after = self._held_out_perplexity(trained)
+        run.metrics("sft", config.num_steps, {"held_out_perplexity": after})
+        display.print(
+            f"sft: perplexity of {len(self.data.examples.held_out)} held-out examples from "
+            f"{before:.4g} to {after:.4g}"
         )
         self._policy.with_model(trained).save_pretrained(self.folder / "sft")
         self._policy = self._causal_lm(self.folder / "sft")
 
+    def _held_out_perplexity(self, policy: LanguageModel) -> float:
+        held_out, config = self.data.examples.held_out, self.data.sft_fit
+        return perplexity(
+            policy, [x.ids for x in held_out], [float(x.num_read) for x in held_out],
+            width=max(config.widths), batch_size=config.batch_size,
+        )  # fmt: skip
+
     def _fit_reward_model(self, display: Display, run: RunFolder) -> None:
         """Stage 2: what people prefer, from the policy's trunk."""
-        data, config = self.data, self.data.reward_fit
+        pairs, config = self.data.pairs, self.data.reward_fit
+        report = reporter("reward model", config.num_steps, display=display, run=run)
         start = RewardModel.on(self._policy)
-        trained = fit(
-            start.model,
-            preference_loss,
-            pair_batches(data.pairs, config, self._reward_rng),
-            config,
-            report=reporter("reward model", config.num_steps, display=display, run=run),
-        )
+        stream = pair_batches(pairs.train, config, self._reward_rng)
+        trained = fit(start.model, preference_loss, stream, config, report=report)
         accuracy = preference_accuracy(
-            trained, data.held_out_pairs, width=max(config.widths), batch_size=config.batch_size
+            trained, pairs.held_out, width=max(config.widths), batch_size=config.batch_size
         )
         run.metrics("reward_model", config.num_steps, {"held_out_accuracy": accuracy})
         display.print(
-            f"reward model: right on {accuracy:.1%} of {len(data.held_out_pairs)} held-out pairs"
+            f"reward model: right on {accuracy:.1%} of {len(pairs.held_out)} held-out pairs"
         )
         start.with_model(trained).save_pretrained(self.folder / "reward_model")
 
-    def _run_ppo(self, display: Display, run: RunFolder) -> dict[str, float]:
+    def _run_ppo(self, reward: RewardModel, display: Display, run: RunFolder) -> dict[str, float]:
         """Stage 3, and what it has changed."""
         settings, policy = self.settings, self._policy
-        models = PPOActorCritic(policy, self._reward, settings.ppo)
+        models = PPOActorCritic(policy, reward, settings.ppo)
         trainer = PPOTrainer(config=settings.ppo, actor_critic_model=models, rng_key=self._ppo_key)
         evaluator = self._evaluator(models)
         before = evaluator(policy.model)
@@ -133,7 +142,7 @@ class Training:
         if has_checkpoint(checkpoint):
             trainer.load_checkpoint(checkpoint)
         ppo_stage(
-            trainer, self.data.prompts, width=self.data.prompt_width,
+            trainer, self.data.prompts.train, width=self.data.prompt_width,
             num_iterations=settings.num_iterations, display=display, run=run, rng=self._prompt_rng,
             evaluate=lambda policy: held_out_metrics(evaluator(policy)),
             evaluate_every=settings.evaluate_every,
@@ -154,7 +163,7 @@ class Training:
         policy, width = models.policy_model, self.data.prompt_width
         generation = models.config.generation(width, policy.eos_token_ids, policy.pad_token_id)
         return Evaluator(
-            as_prompts(self.data.held_out_prompts, pad_id=policy.pad_token_id, width=width),
+            as_prompts(self.data.prompts.held_out, pad_id=policy.pad_token_id, width=width),
             reference=policy.model,
             reward=models.reward(),
             tokenizer=self.data.tokenizer,

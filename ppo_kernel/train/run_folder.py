@@ -134,7 +134,9 @@ def check_same_run(path: Path, settings: Mapping[str, Any]) -> None:
     new = _flat(json.loads(json.dumps(settings, default=_plain)))
     differing = [name for name in old | new if old.get(name) != new.get(name)]
     if differing:
-        shown = "; ".join(f"{x} was {old.get(x)!r}, now {new.get(x)!r}" for x in differing)
+        some = (f"{x} was {old.get(x)!r}, now {new.get(x)!r}" for x in differing[:4])
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        shown = "; ".join(some) + more
         raise ValueError(
             f"{path} has a run of other settings: {shown}. Give the same settings to go on with "
             "it, or choose another folder."

@@ -29,7 +29,7 @@ class TrainSettings:
         num_iterations: of PPO.
         save_every: iterations from one checkpoint to the next.
         evaluate_every: iterations from one look at held-out prompts to the next.
-        held_out: share of the prompts, and of the pairs, that is kept for evaluation.
+        held_out: share of the rows of each file that is kept for evaluation.
         seed: everything random follows from it.
         compute_dtype: type of the activations; parameters are float32.
         sft_fit: settings of supervised fine-tuning.

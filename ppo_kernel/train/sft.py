@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ..models.base import Policy
@@ -39,36 +40,57 @@ def next_token_logprobs(
     return logprobs, mask[:, 1:] & mask[:, :-1]
 
 
-def next_token_loss(policy: Policy, parts: tuple[Batch, ...]) -> Float[Array, ""]:
-    """Mean negative log-likelihood of every predicted token of a batch, nats a token.
+def predicted_logprobs(
+    policy: Policy, batch: Batch
+) -> tuple[Float[Array, "B rest"], Bool[Array, "B rest"]]:
+    """`next_token_logprobs` of a batch, and which of them are of tokens to predict.
 
     The `targets` are how many tokens at the start of a sequence, those of a prompt, are only read.
     """
+    # The logits of all tokens at once would be the largest array of the stage.
+    logprobs, valid = next_token_logprobs(policy, batch.tokens, batch.mask, chunk_size=_CHUNK_SIZE)
+    slots = jnp.arange(1, batch.tokens.shape[1], dtype=batch.targets.dtype)
+    return logprobs, valid & (slots[None] >= batch.targets[:, None])
+
+
+def next_token_loss(policy: Policy, parts: tuple[Batch, ...]) -> Float[Array, ""]:
+    """Mean negative log-likelihood of every token to predict of a batch, nats a token."""
     total, count = 0.0, 0.0
     for part in parts:
-        # The logits of all tokens at once would be the largest array of the stage.
-        logprobs, valid = next_token_logprobs(
-            policy, part.tokens, part.mask, chunk_size=_CHUNK_SIZE
-        )
-        predicted = jnp.arange(1, part.tokens.shape[1], dtype=part.targets.dtype)
-        valid = valid & (predicted[None] >= part.targets[:, None])
+        logprobs, valid = predicted_logprobs(policy, part)
         total = total - masked_sum(logprobs, valid)
         count = count + jnp.sum(valid).astype(logprobs.dtype)
     return total / jnp.maximum(count, 1.0)
 
 
 def perplexity(
-    policy: Policy, sequences: Sequence[Sequence[int]], *, width: int, batch_size: int = 256
+    policy: Policy,
+    sequences: Sequence[Sequence[int]],
+    num_read: Sequence[float] | None = None,
+    *,
+    width: int,
+    batch_size: int = 256,
 ) -> float:
-    """exp of the mean negative log-likelihood a token of whole sequences, cut at `width`."""
+    """exp of the mean negative log-likelihood a token of sequences cut at `width`.
+
+    Args:
+        policy: what is measured.
+        sequences: token ids.
+        num_read: how many tokens at the start of each are not predicted; None for the first one.
+        width: slots of a sequence.
+        batch_size: sequences at a time.
+    """
 
     @eqx.filter_jit
-    def sums(policy, tokens, mask):
-        logprobs, valid = next_token_logprobs(policy, tokens, mask)
+    def sums(policy: Policy, batch: Batch) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        logprobs, valid = predicted_logprobs(policy, batch)
         return masked_sum(logprobs, valid), jnp.sum(valid)
 
     total, count = 0.0, 0
-    for tokens, mask in padded_batches(sequences, width, batch_size):
-        part_total, part_count = sums(policy, tokens, mask)
+    read = np.zeros(len(sequences)) if num_read is None else np.asarray(num_read)
+    for index, (tokens, mask) in enumerate(padded_batches(sequences, width, batch_size)):
+        part = read[index * batch_size : (index + 1) * batch_size]
+        targets = jnp.asarray(np.pad(part, (0, batch_size - len(part))), jnp.float32)
+        part_total, part_count = sums(policy, Batch(tokens, mask, targets))
         total, count = total + float(part_total), count + int(part_count)
-    return float(jnp.exp(-total / max(count, 1)))
+    return float(np.exp(-total / max(count, 1)))

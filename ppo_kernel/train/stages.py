@@ -37,7 +37,7 @@ def random_streams(
 def reporter(stage: str, num_steps: int, *, display: Display, run: RunFolder) -> Report:
     """Begin a supervised stage; what `fit` calls to show and to record its metrics."""
     display.stage(stage, num_steps)
-    run.rewind(stage.replace(" ", "_"), 0)
+    run.rewind(stage.replace(" ", "_"), -1)
 
     def report(step: int, metrics: dict[str, float]) -> None:
         display.update(stage, step, metrics)

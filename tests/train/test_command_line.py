@@ -32,7 +32,7 @@ def chosen(monkeypatch):
     def parse(*arguments):
         caught = []
         with monkeypatch.context() as patch:
-            patch.setattr(cli, "train", lambda settings, command: caught.append(settings))
+            patch.setattr(cli, "train", caught.append)
             patch.setattr(sys, "argv", ["ppo-kernel", "train", *arguments])
             cli.main()
         return caught[0]

@@ -19,12 +19,13 @@ from ppo_kernel.train.config import PPOConfig
 from ppo_kernel.train.display import Display
 from ppo_kernel.train.encoder import Encoder
 from ppo_kernel.train.pipeline import Training
+from ppo_kernel.train.ppo import PPOTrainer
 from ppo_kernel.train.pretrained import CausalLM, RewardModel
 from ppo_kernel.train.run_folder import RunFolder
 from ppo_kernel.train.settings import TrainSettings
-from ppo_kernel.train.sft import next_token_loss
+from ppo_kernel.train.sft import next_token_loss, perplexity
 from ppo_kernel.train.supervised import FitConfig, batches
-from ppo_kernel.train.training_data import load_data
+from ppo_kernel.train.training_data import TokenExample, load_data
 
 EOS = 1
 FIT = FitConfig(num_steps=20, batch_size=4, widths=(16,), learning_rate=1e-2)
@@ -38,6 +39,14 @@ def text(rng, low=1, high=4):
 def write_rows(path: Path, rows) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_device():
+    """Sharded programs take several times as long to compile, and are tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +110,13 @@ def test_the_stages_leave_models_that_load_and_the_figures_of_all(whole):
     assert judged == 1.0
     steps = [(x["stage"], x["step"]) for x in metrics]
     assert steps == [
-        ("sft", 10), ("sft", 20), *(("reward_model", i) for i in range(10, 61, 10)),
-        ("reward_model", 60), *(("ppo", i) for i in range(1, 5)), ("result", 4),
+        *(("sft", i) for i in (0, 10, 20, 20)),
+        *(("reward_model", i) for i in (10, 20, 30, 40, 50, 60, 60)),
+        *(("ppo", i) for i in range(1, 5)), ("result", 4),
     ]  # fmt: skip
-    assert [i for i, x in enumerate(metrics) if "held_out_reward" in x] == [10, 12]
+    assert [i for i, x in enumerate(metrics) if "held_out_reward" in x] == [12, 14]
+    before, after = [x["held_out_perplexity"] for x in metrics if "held_out_perplexity" in x]
+    assert before != after
     samples = lines(output / "samples.jsonl")
     assert [x["stage"] for x in samples] == ["before"] * 2 + ["after"] * 2
     reward = RewardModel.from_pretrained(output / "reward_model")
@@ -152,9 +164,19 @@ STOPS = {
 }
 
 
-def test_law_9_stopped_between_and_in_all_stages_is_never_stopped(whole, folder, tmp_path):
+def test_law_9_stopped_in_and_between_all_stages_is_never_stopped(
+    whole, folder, tmp_path, monkeypatch
+):
     output, _ = whole
     chosen = settings(folder, tmp_path)
+    steps = []
+    original = PPOTrainer.train_step
+
+    def counted(self, batch):
+        steps.append(self.iteration)
+        return original(self, batch)
+
+    monkeypatch.setattr(PPOTrainer, "train_step", counted)
     for where, (owner, name, when) in STOPS.items():
         with pytest.MonkeyPatch.context() as patch:
             stop_after(patch, owner, name, when)
@@ -163,6 +185,7 @@ def test_law_9_stopped_between_and_in_all_stages_is_never_stopped(whole, folder,
             assert not Training(chosen).finished, where
     run(chosen)
     assert Training(chosen).finished
+    assert steps == [0, 0, 1, 2, 2, 3], "PPO goes on from the newest checkpoint"
     for file in ("sft", "reward_model", "policy"):
         file = f"{file}/model.safetensors"
         assert (tmp_path / file).read_bytes() == (output / file).read_bytes(), file
@@ -203,18 +226,29 @@ def test_another_run_is_refused_by_the_setting_that_differs(whole, folder):
         Training(settings(folder, output, prompts=moved))
 
 
-def test_nothing_is_written_by_settings_that_do_not_fit(folder, tmp_path):
+def test_nothing_is_written_by_settings_that_do_not_fit(folder, tmp_path, monkeypatch):
     output = tmp_path / "run"
     for changes, message in (
-        ({"ppo": replace(PPO, train_batch_size=32)}, "22 prompts to train on besides 2 held out"),
-        ({"sft_fit": replace(FIT, batch_size=16)}, "10 examples to train on, a batch takes 16"),
-        ({"reward_fit": replace(FIT, batch_size=19)}, "18 pairs to train on besides 2 held out"),
-        ({"reward_fit": replace(FIT, widths=(4,))}, "lower reward_fit.batch_size"),
-        ({"ppo": replace(PPO, train_batch_size=12)}, "12 prompts do not divide over 8 devices"),
+        (
+            {"ppo": replace(PPO, train_batch_size=32)},
+            r"22 prompts \(2 more .* a batch takes 32",
+        ),
+        (
+            {"sft_fit": replace(FIT, batch_size=10)},
+            r"9 examples \(1 more .* takes 10; add",
+        ),
+        (
+            {"reward_fit": replace(FIT, batch_size=19)},
+            "18 pairs .* reward_fit.batch_size",
+        ),
+        ({"reward_fit": replace(FIT, widths=(4,))}, "[0-9] pairs .* a batch takes 4"),
         ({"preferences": None, "reward_model": folder / "model"}, "has no score.weight"),
     ):
         with pytest.raises(ValueError, match=message):
             Training(settings(folder, output, **changes))
+    monkeypatch.setattr(jax, "device_count", lambda: 5)
+    with pytest.raises(ValueError, match="8 prompts do not divide over 5 devices"):
+        Training(settings(folder, output))
     with pytest.raises(FileNotFoundError, match="no folder"):
         Training(settings(folder, output, model=folder / "nowhere"))
     assert not output.exists()
@@ -249,23 +283,26 @@ def test_a_reward_model_of_another_tokenizer_reads_the_text(folder, tmp_path):
 
 def test_sft_imitates_the_response_and_its_eos_alone(folder, tmp_path):
     rows = [{"prompt": "w3 w4", "response": "w5 w6"}, {"text": "w3 w4 w5 w6"}]
-    write_rows(tmp_path / "sft.jsonl", rows)
+    write_rows(tmp_path / "sft.jsonl", rows * 3)
     chosen = settings(
         folder, tmp_path, sft=tmp_path / "sft.jsonl",
-        sft_fit=FitConfig(num_steps=2, batch_size=2, widths=(8,), learning_rate=1e-2),
+        sft_fit=replace(FIT, batch_size=2), held_out=0.3,
     )  # fmt: skip
     data = load_data(chosen, np.random.default_rng(0))
     whole_row = [6, 7, 8, 9, EOS]
-    assert data.examples == [whole_row, whole_row]
-    assert data.num_read == [2.0, 0.0]
+    rows = sorted(data.examples.train, key=lambda x: -x.num_read)
+    assert rows == [TokenExample(whole_row, 2)] * 2 + [TokenExample(whole_row, 0)] * 2
     model = CausalLM.from_pretrained(folder / "model").model
     hidden = model.hidden(jnp.asarray([whole_row]), jnp.ones((1, 5), bool))[0]
     logprobs = np.asarray(jax.nn.log_softmax(model.unembed(hidden)))
     nll = [-logprobs[slot, token] for slot, token in enumerate(whole_row[1:])]
-    (batch,) = next(batches(data.examples, data.num_read, chosen.sft_fit, np.random.default_rng(0)))
-    # Of the first row w5, w6 and EOS are imitated, of the second all that has a token before it.
+    # Of one row w5, w6 and EOS are imitated, of the other all that has a token before it.
     wanted = (sum(nll[1:]) + sum(nll)) / (3 + 4)
-    np.testing.assert_allclose(next_token_loss(model, (batch,)), wanted, rtol=1e-5)
+    ids, num_read = [whole_row] * 2, [2.0, 0.0]
+    batch = next(batches(ids, num_read, chosen.sft_fit, np.random.default_rng(0)))
+    np.testing.assert_allclose(next_token_loss(model, batch), wanted, rtol=1e-5)
+    measured = perplexity(model, ids, num_read, width=8, batch_size=3)
+    np.testing.assert_allclose(measured, np.exp(wanted), rtol=1e-5)
 
 
 def test_what_is_too_long_is_left_out_or_cut_and_said(folder, tmp_path):
@@ -287,23 +324,22 @@ def test_what_is_too_long_is_left_out_or_cut_and_said(folder, tmp_path):
         preferences=write_rows(tmp_path / "r.jsonl", pairs), reward_fit=replace(FIT, widths=(10,)),
     )  # fmt: skip
     data = load_data(chosen, np.random.default_rng(0))
-    assert len(data.prompts) + len(data.held_out_prompts) == 24
-    assert len(data.examples) == 11
-    assert len(data.pairs) + len(data.held_out_pairs) == 20
+    sizes = [len(x.train) + len(x.held_out) for x in (data.prompts, data.examples, data.pairs)]
+    assert sizes == [24, 11, 20]
     prompt_note, example_note, pair_note = data.notes
     assert "1 of 25 prompts are left out" in prompt_note
     assert "2 of 12 examples have more than 9 tokens" in example_note
-    assert "1 are left out" in example_note
+    assert "1 of them are left out" in example_note
     assert "1 of 21 pairs are left out" in pair_note
 
 
 def test_nothing_held_out_is_trained_on(folder, tmp_path):
     data = load_data(settings(folder, tmp_path), np.random.default_rng(0))
-    assert (len(data.prompts), len(data.held_out_prompts)) == (22, 2)
-    assert (len(data.pairs), len(data.held_out_pairs)) == (18, 2)
+    for split, sizes in ((data.prompts, (22, 2)), (data.examples, (9, 1)), (data.pairs, (18, 2))):
+        assert (len(split.train), len(split.held_out)) == sizes
     texts = [row["prompt"] for row in lines(folder / "prompts.jsonl")]
     everything = sorted(Encoder(folder / "model").prompts(texts))
-    assert sorted(data.prompts + data.held_out_prompts) == everything
+    assert sorted(data.prompts.train + data.prompts.held_out) == everything
 
 
 def test_bos_and_eos_stand_once_also_where_a_chat_template_has_written_them(tmp_path):
@@ -324,6 +360,6 @@ def test_bos_and_eos_stand_once_also_where_a_chat_template_has_written_them(tmp_
 def test_a_summary_says_how_often_each_row_is_seen(folder, tmp_path):
     data = load_data(settings(folder, tmp_path), np.random.default_rng(0))
     assert data.summary() == (
-        "22 prompts (2 more held out) of up to 3 tokens; SFT on 10 examples, 8 times; "
-        "reward model on 18 pairs (2 more held out), 13 times"
+        "22 prompts (2 more held out) of up to 3 tokens; SFT on 9 examples (1 more held out), "
+        "8.9 times; reward model on 18 pairs (2 more held out), 13 times"
     )
