@@ -157,7 +157,7 @@ def test_a_python_reward_is_refused_by_the_single_program():
     inputs = (state, policy, tiny.prompts(), Hyperparams())
     with pytest.raises(ValueError, match="between `collect` and `learn`"):
         compiled.step(*inputs, lambda rollout: np.asarray(rollout.tokens).sum(axis=1))
-    with pytest.raises(ValueError, match="one score a sequence"):
+    with pytest.raises(ValueError, match="one a sequence, or one a token"):
         compiled.step(*inputs, lambda rollout: jnp.zeros(3))
     for call in (_pure, _io, _debug, _prints):
         with pytest.raises(ValueError, match="calls back to Python"):

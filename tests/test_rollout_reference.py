@@ -77,7 +77,7 @@ def test_noise_of_another_shape_is_refused(float64):
     rng = np.random.default_rng(0)
     policy = oracle.draw_policy(oracle.trunk_config(**TRUNK), rng)
     prompts = oracle.draw_prompts(3, 4, 13, rng)
-    with pytest.raises(ValueError, match=r"\(3, 5, 2\), got \(3, 4, 2\)"):
+    with pytest.raises(ValueError, match=r"\(3, 5, 2\), got shape \(3, 4, 2\)"):
         jax.eval_shape(
             lambda noise: generate(
                 policy, prompts, jax.random.key(0),
