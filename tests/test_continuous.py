@@ -229,7 +229,7 @@ def test_a_device_keeps_to_its_own_queue(float64):
 
 
 def test_slots_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="decode_slots must be a whole number of at least 1.*got 0"):
+    with pytest.raises(ValueError, match="decode_slots must be a whole number"):
         GenerationConfig(max_new_tokens=2, decode_slots=0)
     with pytest.raises(ValueError, match=r"multiple of samples_per_prompt=2.*got 3"):
         GenerationConfig(max_new_tokens=2, samples_per_prompt=2, decode_slots=3)
