@@ -21,6 +21,7 @@ UPDATE = (
     r"test_edges\.py::test_(a_planted_nan|nothing_is|rows_without|a_batch_without|overflowing)",
     r"test_edge_programs\.py::test_bfloat16",
     r"test_program\.py::test_the_state_is_donated",
+    r"test_refusals\.py::test_(functions_that|an_optimizer|directions)",
 )
 
 ROLLOUT = (
@@ -31,6 +32,7 @@ ROLLOUT = (
     r"test_edge_programs\.py::test_(an_eos|a_ban|a_pad_id|a_vocabulary_of_one)",
     r"test_continuous\.py::test_slots_for_every",
     r"test_growing_cache\.py",
+    r"test_refusals\.py::test_(prompts|numbers)",
 )
 
 CHECKS = {
@@ -50,8 +52,9 @@ CHECKS = {
     "rewards.py": (
         r"test_rewards\.py",
         twins("token_rewards", "last_valid", "adaptive_kl_coef"),
+        r"test_refusals\.py::test_rewards",
     ),
-    "advantages.py": (r"test_advantages\.py", twins("gae")),
+    "advantages.py": (r"test_advantages\.py", twins("gae"), r"test_refusals\.py::test_gae"),
     "losses.py": (r"test_losses\.py", twins("clipped_", "is_clipped")),
     "update.py": UPDATE,
     "gradients.py": UPDATE,
