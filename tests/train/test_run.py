@@ -16,9 +16,9 @@ from ppo_kernel.io.tokenizer import Tokenizer
 from ppo_kernel.train.config import PPOConfig
 from ppo_kernel.train.display import Display
 from ppo_kernel.train.evaluate import Evaluator, as_prompts, distinct_n
-from ppo_kernel.train.text_reward import PythonReward
 from ppo_kernel.train.run_folder import RunFolder
 from ppo_kernel.train.stages import prompt_batches, random_streams
+from ppo_kernel.train.text_reward import PythonReward
 
 
 def words(count: int) -> Tokenizer:
