@@ -82,18 +82,24 @@ class Learner:
         def copy(tree: PyTree) -> PyTree:
             return jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, tree)
 
-        # The optimizer's too: some keep the parameters they were given.
         return TrainState(
             policy=copy(policy),
             critic=copy(critic),
-            actor_optimizer_state=copy(self.actor_optimizer.init(wide(_trainable(policy)))),
-            critic_optimizer_state=copy(self.critic_optimizer.init(wide(_trainable(critic)))),
+            actor_optimizer_state=_moments(self.actor_optimizer, _trainable(policy)),
+            critic_optimizer_state=_moments(self.critic_optimizer, _trainable(critic)),
             actor_remainder=_no_remainder(_trainable(policy)),
             critic_remainder=_no_remainder(_trainable(critic)),
             key=jnp.copy(key),
             iteration=jnp.zeros((), jnp.int32),
             kl_coef=jnp.array(hyperparams.kl_coef),
         )
+
+
+def _moments(optimizer: optax.GradientTransformation, model: PyTree) -> PyTree:
+    """The optimizer's first state. Some keep the parameters they are given: those are copied."""
+    given = wide(model)
+    kept = {id(x) for x in jax.tree.leaves(given)}
+    return jax.tree.map(lambda x: jnp.copy(x) if id(x) in kept else x, optimizer.init(given))
 
 
 def _check_direction(name: str, optimizer: optax.GradientTransformation, model: PyTree) -> None:
@@ -138,8 +144,8 @@ def optimizer_step(
         g <- g min(1, max_grad_norm / |g|),   x <- x - learning_rate * direction(g)
 
     Parameters narrower than float32 round off most of such steps. What they could not hold is kept
-    and added to the next one: x + remainder is the parameter in float32 (Kahan's sum, in Zamirai et
-    al. 2020, sec. 3.2).
+    and added to the next one: x + remainder is the parameter in float32 (Kahan's sum, as in Zamirai
+    et al. 2020).
 
     Args:
         models: of "actor" and "critic".

@@ -95,10 +95,10 @@ def update(
     models, static = eqx.partition(
         {"actor": state.policy, "critic": state.critic}, eqx.is_inexact_array
     )
+    kl_coef = current_kl_coef(state, hyperparams)
     # A head on the policy's trunk sends a gradient into it. Two models take their steps one after
     # the other, each inside a `cond`, so that only one gradient is in memory at a time.
     shared = isinstance(state.critic, ValueHead)
-    kl_coef = current_kl_coef(state, hyperparams)
     passes = (("actor", "critic"),) if shared else (("actor",), ("critic",))
 
     def one_step(carry, rows: Int[Array, " M"]):

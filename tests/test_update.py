@@ -250,6 +250,21 @@ def test_a_state_shares_no_array_with_what_it_was_made_from(float64):
     assert not places(models) & places(after)
 
 
+def test_moments_are_made_once(float64):
+    """A copy of them would be the most that a run ever has in memory."""
+    made = []
+
+    def init(parameters):
+        made.append(jax.tree.map(jnp.zeros_like, parameters))
+        return made[-1]
+
+    state, _, hyperparams = draw(0)
+    optimizer = optax.GradientTransformation(init, optax.identity().update)
+    after = Learner(optimizer, optimizer).init(state.policy, state.critic, state.key, hyperparams)
+    kept = jax.tree.leaves((after.actor_optimizer_state, after.critic_optimizer_state))
+    assert {id(x) for x in kept} <= {id(x) for x in jax.tree.leaves(made)}
+
+
 @given(seed=seeds)
 def test_every_epoch_is_another_permutation_and_follows_the_samples(seed):
     rng = np.random.default_rng(seed)

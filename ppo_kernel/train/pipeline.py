@@ -11,7 +11,7 @@ from ..models.heads import LanguageModel
 from .display import Display
 from .evaluate import Evaluator, as_prompts
 from .outcome import compare, held_out_metrics, print_outcome, sample_rows
-from .ppo import PPOActorCritic, PPOTrainer, check_settings
+from .ppo import PPOActorCritic, PPOTrainer, check_devices
 from .preferences import pair_batches, preference_accuracy, preference_loss
 from .pretrained import CausalLM, RewardModel
 from .run_folder import RunFolder, check_same_run
@@ -81,7 +81,7 @@ class Training:
         # What PPO would refuse after hours of SFT.
         reward = self._given_reward or RewardModel.on(self._policy)
         PPOActorCritic(self._policy, reward, settings.ppo)
-        check_settings(settings.ppo, settings.ppo, jax.device_count())
+        check_devices(settings.ppo, jax.device_count())
 
     def _causal_lm(self, folder: Path) -> CausalLM:
         return CausalLM.from_pretrained(folder, compute_dtype=self.settings.compute_dtype)

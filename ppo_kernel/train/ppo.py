@@ -177,7 +177,8 @@ class PPOTrainer:
             mesh = make_mesh()
         self.config, self.mesh = config, mesh
         self.num_devices = shards(mesh, "batch")
-        check_settings(config, actor_critic_model.config, self.num_devices)
+        _check_same(config, actor_critic_model.config)
+        check_devices(config, self.num_devices)
         self.policy_model = actor_critic_model.policy_model
         self.learner = config.learner() if learner is None else learner
         self.advantage_estimator = advantage_estimator
@@ -279,23 +280,25 @@ class PPOTrainer:
         return self._compiled[width]
 
 
-def check_settings(config: PPOConfig, of_models: PPOConfig, num_devices: int) -> None:
-    """Refuse what would fail, or be left out, at the first step.
-
-    Args:
-        config: of the trainer.
-        of_models: of its models.
-        num_devices: that the batch is sharded over.
-
-    Raises:
-        ValueError: two different configs, or a batch that does not divide over the devices.
-    """
+def _check_same(config: PPOConfig, of_models: PPOConfig) -> None:
     if of_models != config:
         names = [field.name for field in fields(config)]
         names = [name for name in names if getattr(config, name) != getattr(of_models, name)]
         raise ValueError(
             f"the config of the PPOActorCritic differs in {', '.join(names)}; pass one to both."
         )
+
+
+def check_devices(config: PPOConfig, num_devices: int) -> None:
+    """Refuse what would fail at the first step.
+
+    Args:
+        config: of the trainer.
+        num_devices: that the batch is sharded over.
+
+    Raises:
+        ValueError: a batch that does not divide over the devices.
+    """
     minibatch = config.train_batch_size // config.num_minibatches
     for name, count in (("prompts", config.num_prompts), ("sequences a minibatch", minibatch)):
         if count % num_devices:
