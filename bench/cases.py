@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
-from ppo_kernel.learner import Learner, TrainState
+from ppo_kernel.learner.state import Learner, TrainState
 from ppo_kernel.models import LanguageModel, Transformer, TransformerConfig, ValueModel
 from ppo_kernel.models.attention import attend_causally
 from ppo_kernel.models.transformer import KEEP_PROJECTIONS

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ppo_kernel.config import GenerationConfig, IterationConfig
 from ppo_kernel.models import LanguageModel
-from ppo_kernel.models.few_rows import LaidOut
+from ppo_kernel.models.kernels.decode_matmul import LaidOut
 from ppo_kernel.models.layers import for_few_rows
 
 from .cases import build

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_kernel.continuous import refill_size
 from ppo_kernel.models import LanguageModel
-from ppo_kernel.rollout import generate
+from ppo_kernel.rollout.generate import generate
+from ppo_kernel.rollout.slots import refill_size
 from ppo_kernel.types import Prompts
 
 from .cases import Case, build

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppo_kernel.compiled import compiler_options
+from ppo_kernel.evaluation import evaluate
 from ppo_kernel.iteration import collect, learn, ppo_iteration
-from ppo_kernel.rollout import generate
-from ppo_kernel.scoring import score
+from ppo_kernel.program import compiler_options
+from ppo_kernel.rollout.generate import generate
 from ppo_kernel.sharding import pin, place
 
 from .cases import Case, even_fraction
@@ -92,7 +92,7 @@ def _score(case: Case) -> Stage:
 
     def run(policy, reference, critic, rollout):
         models = whole((policy, reference, critic))
-        return score(*models, rollout, temperature=1.0)
+        return evaluate(*models, rollout, temperature=1.0)
 
     return _stateless(run, case.state.policy, case.reference, case.state.critic, rollout)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ppo_kernel.models.attention import attend_causally
-from ppo_kernel.models.fused_attention import cudnn_attention
+from ppo_kernel.models.kernels.cudnn import cudnn_attention
 
 from .cases import build
 from .machine import measure, seconds_of

@@ -17,10 +17,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from ppo_kernel.compiled import compiler_options
 from ppo_kernel.iteration import ppo_iteration
-from ppo_kernel.learner import Learner
+from ppo_kernel.learner.state import Learner
 from ppo_kernel.models import LanguageModel, Transformer, ValueModel
+from ppo_kernel.program import compiler_options
 from ppo_kernel.sharding import pin, sharding_of
 
 from .cases import even_fraction, model_config, random_prompts, settings

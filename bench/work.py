@@ -114,7 +114,7 @@ def _joined(first: Work, second: Work) -> Work:
 
 
 def _attention(size: Size, pairs: float) -> float:
-    """Scores and mixing of a layer: 4 FLOPs a channel for each (query, visible key) pair."""
+    """Evaluation and mixing of a layer: 4 FLOPs a channel for each (query, visible key) pair."""
     return 4.0 * size.heads * size.head_dim * pairs
 
 

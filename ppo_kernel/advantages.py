@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .ops.checks import check_shape
-from .ops.masked import at_least_float32, wider_type
+from .ops.dtypes import promote_types, upcast
 from .types import Scalar
 
 
@@ -44,7 +44,7 @@ def gae(
     check_shape("rewards", rewards, mask.shape)
     check_shape("values", values, mask.shape)
     check_shape("bootstrap_values", bootstrap_values, mask.shape[:1])
-    dtype = wider_type(at_least_float32(rewards).dtype, values.dtype)
+    dtype = promote_types(upcast(rewards).dtype, values.dtype)
     rewards, values = rewards.astype(dtype), values.astype(dtype)
     gamma, lam = jnp.asarray(gamma, dtype), jnp.asarray(lam, dtype)
     last = bootstrap_values.astype(dtype)

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .train.settings import TrainSettings
+from .command.settings import TrainSettings
 
 _EXTRA = ("tyro", "rich", "tensorboardX", "matplotlib", "vaderSentiment", "requests")
 
@@ -35,14 +35,14 @@ def demo(arguments: Demo) -> None:
     """Run the task with a live view."""
     # Imported here: --help waits for JAX, as the package does, but not for TensorBoard and what the
     # tasks need, which take longer.
-    from .train.display import Display
-    from .train.evaluate import device_description
-    from .train.run_folder import RunFolder
+    from .command.display import Display
+    from .command.evaluate import device_description
+    from .command.run_folder import RunFolder
 
     if arguments.task is Task.sentiment:
-        from .train.tasks.sentiment import run_sentiment as run_task
+        from .demos.sentiment import run_sentiment as run_task
     else:
-        from .train.tasks.arithmetic import run_arithmetic as run_task
+        from .demos.arithmetic import run_arithmetic as run_task
 
     name = f"{arguments.task.value}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = arguments.output or Path("runs") / name
@@ -55,10 +55,10 @@ def demo(arguments: Demo) -> None:
 
 def train(settings: TrainSettings) -> None:
     """Run what the output folder does not have yet, with a live view."""
-    from .train.display import Display
-    from .train.evaluate import device_description
-    from .train.pipeline import Training
-    from .train.run_folder import RunFolder
+    from .command.display import Display
+    from .command.evaluate import device_description
+    from .command.pipeline import Training
+    from .command.run_folder import RunFolder
 
     start, folder = time.monotonic(), settings.output
     try:
@@ -90,7 +90,7 @@ def main() -> None:
 def _main(arguments: list[str]) -> None:
     import tyro
 
-    from .train.flags import flags_of, settings_of
+    from .command.flags import flags_of, settings_of
 
     flags = flags_of(TrainSettings)
     chosen = tyro.extras.subcommand_cli_from_dict(

@@ -4,61 +4,19 @@ Changing a static setting compiles a new program. Changing a hyper-parameter nev
 batch of them can be vmapped; where one may be None, None switches its term off at trace time.
 """
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from .losses import token_mean
+from .ops.checks import FRACTION, POSITIVE, SHARE, Range, check_whole
 from .ops.kl import k1
-from .ops.masked import token_mean
 from .types import KLEstimator, Reduction, Scalar
-
-
-class Range(NamedTuple):
-    """The finite numbers with low <= x <= high, without `low` itself where `above`."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    above: bool = False
-
-    def check(self, name: str, value: Scalar | None) -> None:
-        """Refuse a number outside the range; one that is traced has no value yet.
-
-        Raises:
-            ValueError: names the setting, the range and the value.
-        """
-        if isinstance(value, Tracer):
-            return
-        number = np.asarray(value)
-        if number.dtype.kind in "bcSUO":
-            raise ValueError(f"{name} must be a real number, got {value!r}.")
-        number = number.astype(np.float64)
-        inside = (number > self.low) if self.above else (number >= self.low)
-        if not (np.isfinite(number) & inside & (number <= self.high)).all():
-            low = f", {'above' if self.above else 'at least'} {self.low:g}"
-            high = f", at most {self.high:g}"
-            bounds = low * (self.low > -math.inf) + high * (self.high < math.inf)
-            raise ValueError(f"{name} must be finite{bounds}, got {value}.")
-
-
-def check_whole(name: str, value: int | None, *, least: int = 1, optional: bool = False) -> None:
-    """Refuse what is not a whole number of at least `least`, or None where `optional`.
-
-    Raises:
-        ValueError: names the setting and the value.
-    """
-    if value is None and optional:
-        return
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value is None or value < least:
-        none = ", or None" if optional else ""
-        raise ValueError(f"{name} must be a whole number of at least {least}{none}; got {value!r}.")
 
 
 def _setting(name: str, default: float | None, limits: Range, *, optional: bool = False) -> Any:
@@ -73,8 +31,7 @@ def _setting(name: str, default: float | None, limits: Range, *, optional: bool 
     return eqx.field(default=default, converter=strong)
 
 
-_ANY, _NOT_NEGATIVE, POSITIVE = Range(), Range(0), Range(0, above=True)
-FRACTION, SHARE = Range(0, 1), Range(0, 1, above=True)
+_ANY, _NOT_NEGATIVE = Range(), Range(0)
 
 
 class Hyperparams(eqx.Module):

@@ -11,17 +11,18 @@ from jaxtyping import Array, Float, Key
 
 from .advantages import gae
 from .config import Hyperparams, IterationConfig
-from .learner import Learner, TrainState, current_kl_coef
+from .evaluation import evaluate, response_hidden, response_logprobs
+from .learner.epochs import update
+from .learner.state import Learner, TrainState, current_kl_coef
 from .metrics import nonfinite_counts, rollout_metrics
-from .models.base import Policy
+from .models.protocol import Policy
 from .ops.checks import check_shape
-from .ops.masked import at_least_float32, whiten, wider_type
+from .ops.dtypes import promote_types, upcast
+from .ops.masked import whiten
 from .rewards import adaptive_kl_coef, token_rewards
-from .rollout import generate
-from .scoring import response_hidden, response_logprobs, score
+from .rollout.generate import generate
 from .sharding import pin, shards
-from .types import AdvantageEstimator, Experience, Metrics, Prompts, RewardFn, Rollout, Scores
-from .update import update
+from .types import AdvantageEstimator, Evaluation, Experience, Metrics, Prompts, RewardFn, Rollout
 
 
 class Collected(eqx.Module):
@@ -30,12 +31,12 @@ class Collected(eqx.Module):
     Attributes:
         rollout: what the policy wrote.
         old_logprobs: of its tokens, under the policy that wrote them, nats.
-        scores: reference log-probabilities and values.
+        evaluation: reference log-probabilities and values.
     """
 
     rollout: Rollout
     old_logprobs: Float[Array, "B T"]
-    scores: Scores
+    evaluation: Evaluation
 
 
 def iteration_keys(state: TrainState) -> tuple[Key[Array, ""], Key[Array, ""]]:
@@ -84,12 +85,12 @@ def collect(
         )
     )  # fmt: skip
     settings = {"temperature": hyperparams.temperature, "chunk_size": config.logprob_chunk_size}
-    scores = score(policy, whole(reference), whole(state.critic), rollout, **settings)
+    evaluation = evaluate(policy, whole(reference), whole(state.critic), rollout, **settings)
     old_logprobs = rollout.logprobs
     if config.recompute_old_logprobs:
         hidden = response_hidden(policy, rollout)
         old_logprobs, _ = response_logprobs(policy, rollout, hidden, **settings)
-    return pinned(Collected(rollout, old_logprobs, scores))
+    return pinned(Collected(rollout, old_logprobs, evaluation))
 
 
 def learn(
@@ -118,10 +119,10 @@ def learn(
         ValueError: scores or advantages of a wrong shape; sizes that do not divide.
     """
     pinned = pin(mesh, "batch")
-    rollout, frozen = collected.rollout, collected.scores
+    rollout, evaluation = collected.rollout, collected.evaluation
     check_shape("scores", scores, rollout.lengths.shape, rollout.tokens.shape)
-    scores = pinned(at_least_float32(scores))
-    log_ratios = collected.old_logprobs - frozen.reference_logprobs
+    scores = pinned(upcast(scores))
+    log_ratios = collected.old_logprobs - evaluation.reference_logprobs
     kl_coef = current_kl_coef(state, hyperparams)
     rewards = token_rewards(
         scores, log_ratios, rollout.mask, rollout.terminated,
@@ -129,19 +130,19 @@ def learn(
         missing_eos_penalty=hyperparams.missing_eos_penalty, score_clip=hyperparams.score_clip,
     )  # fmt: skip
     ended = rollout.terminated if config.bootstrap_truncated else jnp.ones_like(rollout.terminated)
-    bootstrap_values = jnp.where(ended, 0.0, frozen.bootstrap_values)
+    bootstrap_values = jnp.where(ended, 0.0, evaluation.bootstrap_values)
     advantages, returns = advantage_estimator(
-        rewards, frozen.values, rollout.mask, bootstrap_values,
+        rewards, evaluation.values, rollout.mask, bootstrap_values,
         gamma=hyperparams.gamma, lam=hyperparams.lam,
     )  # fmt: skip
     check_shape("advantages of the estimator", advantages, rollout.tokens.shape)
     check_shape("returns of the estimator", returns, rollout.tokens.shape)
-    metrics = rollout_metrics(rollout, scores, log_ratios, frozen.values, returns, rewards)
-    metrics |= nonfinite_counts(rollout, collected.old_logprobs, frozen, scores)
+    metrics = rollout_metrics(rollout, scores, log_ratios, evaluation.values, returns, rewards)
+    metrics |= nonfinite_counts(rollout, collected.old_logprobs, evaluation, scores)
     if config.whiten_advantages:
         advantages = whiten(advantages, rollout.mask)
     experience = Experience(
-        rollout, collected.old_logprobs, frozen.reference_logprobs, frozen.values,
+        rollout, collected.old_logprobs, evaluation.reference_logprobs, evaluation.values,
         advantages, returns,
     )  # fmt: skip
     _, update_key = iteration_keys(state)
@@ -197,7 +198,7 @@ def ppo_iteration(
 
 
 def _traced_scores(reward: RewardFn, rollout: Rollout) -> Float[Array, "..."]:
-    """Scores of a reward inside the program.
+    """Evaluation of a reward inside the program.
 
     Raises:
         ValueError: it needs concrete values, calls back to Python, or has a wrong shape.
@@ -219,7 +220,7 @@ def _traced_scores(reward: RewardFn, rollout: Rollout) -> Float[Array, "..."]:
         "the scores of a reward (one a sequence, or one a token)", scores,
         rollout.lengths.shape, rollout.tokens.shape,
     )  # fmt: skip
-    return scores.astype(wider_type(scores.dtype, jnp.float32))
+    return scores.astype(promote_types(scores.dtype, jnp.float32))
 
 
 def _advance(

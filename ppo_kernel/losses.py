@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .ops.dtypes import upcast
 from .ops.kl import clamp_log_ratio
-from .ops.masked import at_least_float32
-from .types import Scalar
+from .types import Reduction, Scalar
 
 
 def clipped_policy_loss(
@@ -36,7 +36,7 @@ def clipped_policy_loss(
     Returns:
         Loss per token, at least float32.
     """
-    ratio, advantages = _ratio(logprobs, old_logprobs), at_least_float32(advantages)
+    ratio, advantages = _ratio(logprobs, old_logprobs), upcast(advantages)
     low, high = jnp.asarray(clip_ratio_low, ratio.dtype), jnp.asarray(clip_ratio_high, ratio.dtype)
     clipped = jnp.clip(ratio, 1.0 - low, 1.0 + high)
     loss = jnp.maximum(-advantages * ratio, -advantages * clipped)
@@ -64,7 +64,7 @@ def is_clipped(
     Returns:
         The shape of the arguments.
     """
-    ratio, advantages = _ratio(logprobs, old_logprobs), at_least_float32(advantages)
+    ratio, advantages = _ratio(logprobs, old_logprobs), upcast(advantages)
     low, high = jnp.asarray(clip_ratio_low, ratio.dtype), jnp.asarray(clip_ratio_high, ratio.dtype)
     return ((advantages > 0) & (ratio > 1.0 + high)) | ((advantages < 0) & (ratio < 1.0 - low))
 
@@ -92,7 +92,7 @@ def clipped_value_loss(
     Returns:
         Loss per token, at least float32.
     """
-    values, old_values, returns = map(at_least_float32, (values, old_values, returns))
+    values, old_values, returns = map(upcast, (values, old_values, returns))
     loss = jnp.square(values - returns)
     if value_clip is not None:
         bound = jnp.asarray(value_clip, values.dtype)
@@ -105,4 +105,51 @@ def _ratio(
     logprobs: Float[Array, "*shape"], old_logprobs: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
     """exp of the clamped log-ratio, in at least float32."""
-    return jnp.exp(clamp_log_ratio(at_least_float32(logprobs) - at_least_float32(old_logprobs)))
+    return jnp.exp(clamp_log_ratio(upcast(logprobs) - upcast(old_logprobs)))
+
+
+def token_mean(mask: Bool[Array, "M T"]) -> Float[Array, "M T"]:
+    """Every valid token of the minibatch weighs the same.
+
+        w = mask / sum(mask)
+
+    Source: Yu et al. 2025 (DAPO), eq. 12. An all-false mask gives weight 0 everywhere.
+    """
+    weights = mask.astype(jnp.result_type(float))
+    return weights / jnp.maximum(jnp.sum(weights), 1.0)
+
+
+def sequence_mean(mask: Bool[Array, "M T"]) -> Float[Array, "M T"]:
+    """Every non-empty sequence weighs the same.
+
+        w = mask / length / (number of non-empty rows)
+
+    Source: Shao et al. 2024 (GRPO), eq. 3.
+    """
+    weights = mask.astype(jnp.result_type(float))
+    lengths = jnp.sum(weights, axis=1, keepdims=True)
+    rows = jnp.maximum(jnp.sum(lengths > 0).astype(weights.dtype), 1.0)
+    return weights / jnp.maximum(lengths, 1.0) / rows
+
+
+def fixed_mean(tokens_per_sequence: int) -> Reduction:
+    """A reduction with a constant denominator.
+
+        w = mask / (M * tokens_per_sequence)
+
+    The weight of a token does not depend on any length, so the gradient estimate stays
+    unbiased. Source: Liu et al. 2025 (Dr. GRPO), section 3.2.
+
+    Raises:
+        ValueError: `tokens_per_sequence` is below 1.
+    """
+    if tokens_per_sequence < 1:
+        raise ValueError(
+            f"fixed_mean needs tokens_per_sequence >= 1, got {tokens_per_sequence}; "
+            "pass the number of response slots, max_new_tokens."
+        )
+
+    def reduction(mask: Bool[Array, "M T"]) -> Float[Array, "M T"]:
+        return mask.astype(jnp.result_type(float)) / (mask.shape[0] * tokens_per_sequence)
+
+    return reduction

@@ -1,4 +1,4 @@
-"""What an iteration reports of its rollout; what it reports of the update is in `update.py`."""
+"""What an iteration reports of its rollout. What it reports of the update: `learner/epochs.py`."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 from .ops.kl import is_clamped
 from .ops.masked import masked_mean, masked_sum
 from .rewards import last_valid
-from .types import Metrics, Rollout, Scores
+from .types import Evaluation, Metrics, Rollout
 
 
 def rollout_metrics(
@@ -59,26 +59,27 @@ def rollout_metrics(
 def nonfinite_counts(
     rollout: Rollout,
     old_logprobs: Float[Array, "B T"],
-    frozen: Scores,
+    evaluation: Evaluation,
     scores: Float[Array, " B"] | Float[Array, "B T"],
 ) -> Metrics:
     """How many valid tokens meet a NaN or an infinity: what poisons a metric, skips a minibatch.
 
     Args:
-        rollout, old_logprobs, frozen: as in `Experience` and `Scores`.
+        rollout, old_logprobs, evaluation: as in `Experience` and `Evaluation`.
         scores: one a sequence, counted where they land, or one a token.
 
     Returns:
         The `nonfinite_` counters of docs/metrics.md.
     """
-    logprobs = (rollout.behaviour_logprobs, old_logprobs, frozen.reference_logprobs)
+    logprobs = (rollout.behaviour_logprobs, old_logprobs, evaluation.reference_logprobs)
     scored = rollout.mask
     if scores.ndim == 1:
         scores, scored = scores[:, None], last_valid(rollout.mask)
+    values = evaluation.values + evaluation.bootstrap_values[:, None]
     bad = {
         "nonfinite_scores": ~jnp.isfinite(scores) & scored,
         "nonfinite_logprobs": ~jnp.all(jnp.isfinite(jnp.stack(logprobs)), axis=0),
-        "nonfinite_values": ~(jnp.isfinite(frozen.values + frozen.bootstrap_values[:, None])),
+        "nonfinite_values": ~jnp.isfinite(values),
     }
     return {
         name: masked_sum(x.astype(jnp.result_type(float)), rollout.mask) for name, x in bad.items()

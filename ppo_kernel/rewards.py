@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .ops.checks import check_shape
-from .ops.masked import at_least_float32, wider_type
+from .ops.dtypes import promote_types, upcast
 from .types import KLEstimator, Scalar
 
 
@@ -46,8 +46,8 @@ def token_rewards(
     check_shape("scores", scores, mask.shape[:1], mask.shape)
     check_shape("log_ratios", log_ratios, mask.shape)
     check_shape("terminated", terminated, mask.shape[:1])
-    log_ratios = at_least_float32(log_ratios)
-    dtype = wider_type(scores.dtype, log_ratios.dtype)
+    log_ratios = upcast(log_ratios)
+    dtype = promote_types(scores.dtype, log_ratios.dtype)
     scores = scores.astype(dtype)
     if score_clip is not None:
         bound = jnp.asarray(score_clip, dtype)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .ops.masked import wider_type
+from .ops.dtypes import promote_types
 
 SHAPES = ((4, 6), (1, 1))
 """The [B, T] that our tests use: a usual one and the smallest."""
@@ -150,7 +150,7 @@ def assert_matches(
         AssertionError: names the function, the variant, the case and the largest difference.
     """
     with jax.enable_x64(dtype == "float64"):
-        wide = wider_type(dtype, jnp.float32)
+        wide = promote_types(dtype, jnp.float32)
         arrays = [_cast(x, dtype) for x in args]
         traced = {k: _cast(v, wide) for k, v in kwargs.items() if isinstance(v, float | np.ndarray)}
         static = {k: v for k, v in kwargs.items() if k not in traced}
@@ -218,7 +218,7 @@ def _difference(outputs: list, expected: list, dtype: str) -> str | None:
         floating = jnp.issubdtype(got.dtype, jnp.floating)
         if floating != np.issubdtype(want.dtype, np.floating):
             return f"output {i} is {got.dtype}, the reference {want.dtype}"
-        if floating and wider_type(got.dtype, dtype) != got.dtype:
+        if floating and promote_types(got.dtype, dtype) != got.dtype:
             return f"output {i} is {got.dtype}, narrower than its input"
         tolerance = TOLERANCES[str(got.dtype)] if floating else Tolerance(0.0, 0.0)
         a, b = np.asarray(got).astype(np.float64), want.astype(np.float64)

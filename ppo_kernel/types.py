@@ -65,7 +65,7 @@ class Rollout(eqx.Module):
     behaviour_logprobs: Float[Array, "B T"]
 
 
-class Scores(eqx.Module):
+class Evaluation(eqx.Module):
     """What the frozen and the value models say of a rollout (stage 2).
 
     Attributes:

@@ -8,13 +8,13 @@ from jaxtyping import Float64, Int
 
 from .advantages import gae
 from .config import Hyperparams, IterationConfig
+from .evaluation import evaluate, response_logprobs
 from .metrics import rollout_metrics
 from .models.heads import Model
 from .ops.masked import whiten
 from .rewards import adaptive_kl_coef, token_rewards
 from .rollout import generate
-from .scoring import response_logprobs, score
-from .types import Experience, Prompts, Rollout, Scores
+from .types import Evaluation, Experience, Prompts, Rollout
 from .update import TrainState, update
 
 
@@ -23,7 +23,7 @@ class Trace:
     """Everything on the way from the prompts to the experience."""
 
     rollout: Rollout
-    scores: Scores
+    evaluation: Evaluation
     sequence_scores: Float64[np.ndarray, "..."]
     rewards: Float64[np.ndarray, "B T"]
     bootstrap_values: Float64[np.ndarray, " B"]
@@ -81,29 +81,29 @@ def experience_of(
         state.policy, prompts, noise, config=config.generation, temperature=temperature,
         top_p=hyperparams.top_p, min_p=hyperparams.min_p,
     )  # fmt: skip
-    scores = score(state.policy, reference, state.critic, rollout, temperature=temperature)
+    evaluation = evaluate(state.policy, reference, state.critic, rollout, temperature=temperature)
     old_logprobs = rollout.logprobs
     if config.recompute_old_logprobs:
         old_logprobs, _ = response_logprobs(state.policy, rollout, temperature=temperature)
     sequence_scores = reward(rollout)
     rewards = token_rewards(
-        sequence_scores, old_logprobs - scores.reference_logprobs,
+        sequence_scores, old_logprobs - evaluation.reference_logprobs,
         rollout.mask, rollout.terminated,
         kl_coef=state.kl_coef, kl_estimator=config.reward_kl,
         missing_eos_penalty=hyperparams.missing_eos_penalty, score_clip=hyperparams.score_clip,
     )  # fmt: skip
     continues = ~rollout.terminated & config.bootstrap_truncated
-    bootstrap_values = np.where(continues, scores.bootstrap_values, 0.0)
+    bootstrap_values = np.where(continues, evaluation.bootstrap_values, 0.0)
     raw_advantages, returns = gae(
-        rewards, scores.values, rollout.mask, bootstrap_values,
+        rewards, evaluation.values, rollout.mask, bootstrap_values,
         gamma=hyperparams.gamma, lam=hyperparams.lam,
     )  # fmt: skip
     advantages = raw_advantages
     if config.whiten_advantages:
         advantages = whiten(raw_advantages, rollout.mask)
     experience = Experience(
-        rollout, old_logprobs, scores.reference_logprobs, scores.values, advantages, returns
+        rollout, old_logprobs, evaluation.reference_logprobs, evaluation.values, advantages, returns
     )
     return Trace(
-        rollout, scores, sequence_scores, rewards, bootstrap_values, raw_advantages, experience
+        rollout, evaluation, sequence_scores, rewards, bootstrap_values, raw_advantages, experience
     )

@@ -31,7 +31,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Scores:
+class Evaluation:
     """What the frozen and the value models say of a rollout."""
 
     reference_logprobs: Float64[np.ndarray, "B T"]

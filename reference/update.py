@@ -8,12 +8,12 @@ from jaxtyping import Float64, Int
 
 from .config import Hyperparams, IterationConfig
 from .derivatives import entropy_slope, logprob_slope, policy_loss_slope, value_loss_slope
+from .evaluation import full_sequence, response_logits, slot_values
 from .losses import clipped_policy_loss, clipped_value_loss, is_clipped
 from .models.heads import Model, critic_backward, policy_backward
 from .ops.kl import is_clamped, k3
 from .ops.logprobs import entropy, token_logprobs
 from .ops.masked import masked_sum
-from .scoring import full_sequence, response_logits, slot_values
 from .tree import tree_leaves, tree_map
 from .types import Experience
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ppo_kernel.evaluation import evaluate, full_sequences, predicting_slots, response_logprobs
 from ppo_kernel.iteration import Collected
-from ppo_kernel.scoring import full_sequences, predicting_slots, response_logprobs, score
 from ppo_kernel.types import Prompts, Rollout
 
 VOCABULARY, LENGTH, PROMPTS = 3, 3, 2
@@ -115,7 +115,9 @@ def scored(policy, reference, critic, rollout) -> Collected:
     hidden = policy.hidden(*full_sequences(rollout))
     logprobs, _ = response_logprobs(policy, rollout, hidden, temperature=1.0)
     rollout = replace(rollout, logprobs=logprobs, behaviour_logprobs=logprobs)
-    return Collected(rollout, logprobs, score(policy, reference, critic, rollout, temperature=1.0))
+    return Collected(
+        rollout, logprobs, evaluate(policy, reference, critic, rollout, temperature=1.0)
+    )
 
 
 def leaves(eos: tuple[int, ...]) -> list[tuple[int, ...]]:

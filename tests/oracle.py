@@ -15,10 +15,10 @@ import reference.types
 from ppo_kernel.config import Hyperparams
 from ppo_kernel.models import LanguageModel, Transformer, TransformerConfig, ValueHead, ValueModel
 from ppo_kernel.testing import NORM_TOLERANCES
-from ppo_kernel.types import Experience, Prompts, Rollout, Scores
+from ppo_kernel.types import Evaluation, Experience, Prompts, Rollout
 from reference.tree import tree_leaves, tree_map
 
-RECORDS = (Prompts, Rollout, Scores, Experience)
+RECORDS = (Prompts, Rollout, Evaluation, Experience)
 
 
 def trunk_config(**settings) -> TransformerConfig:

@@ -10,12 +10,12 @@ import oracle
 
 import reference.config
 import reference.derivatives
+import reference.evaluation
 import reference.ops.kl
 import reference.ops.masked
-import reference.scoring
 from ppo_kernel.config import GenerationConfig, IterationConfig
+from ppo_kernel.evaluation import ModelReward
 from ppo_kernel.ops import kl, masked
-from ppo_kernel.scoring import ModelReward
 
 K1 = (kl.k1, reference.ops.kl.k1, reference.derivatives.k1_slope)
 K2 = (kl.k2, reference.ops.kl.k2, reference.derivatives.k2_slope)
@@ -68,7 +68,7 @@ class Judge:
             self.twin = oracle.model_to_reference(self.model)
 
     def reference(self, rollout):
-        return reference.scoring.model_reward(self.twin, rollout)
+        return reference.evaluation.model_reward(self.twin, rollout)
 
 
 @dataclass(frozen=True, eq=False)

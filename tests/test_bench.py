@@ -13,9 +13,9 @@ from bench.cases import build, even_fraction
 from bench.scaling import exponents
 from bench.sizes import parse_size
 from bench.work import WORK
+from ppo_kernel.evaluation import evaluate
 from ppo_kernel.iteration import collect, learn
-from ppo_kernel.rollout import generate
-from ppo_kernel.scoring import score
+from ppo_kernel.rollout.generate import generate
 from ppo_kernel.sharding import make_mesh
 
 
@@ -90,7 +90,7 @@ def test_counted_flops_are_those_of_the_program():
         ),
         "score": (
             2 * unneeded,
-            lambda state: score(
+            lambda state: evaluate(
                 state.policy, case.reference, state.critic, sampled, temperature=1.0
             ),
         ),

@@ -15,9 +15,10 @@ import pytest
 ROOT = Path(__file__).parents[1] / "ppo_kernel"
 MODULES = (
     *("ops/kl", "ops/logprobs", "ops/masked", "ops/sampling", "rewards", "advantages", "losses"),
-    *("rollout", "decode", "continuous", "scoring", "learner", "gradients", "update", "metrics"),
-    *("iteration", "compiled", "ops/checks", "ops/products"),
-    *("sharding", "models/base", "models/kv_cache", "models/fused_attention", "testing"),
+    *("rollout/generate", "rollout/lockstep", "rollout/slots", "evaluation", "metrics"),
+    *("learner/state", "learner/optimizer", "learner/gradient", "learner/epochs"),
+    *("iteration", "program", "ops/checks", "ops/dtypes", "models/kernels/products"),
+    *("sharding", "models/protocol", "models/kv_cache", "models/kernels/cudnn", "testing"),
 )
 FORMULAS = {
     *("gae", "token_rewards", "adaptive_kl_coef", "k1", "k2", "k3", "whiten", "update"),

@@ -10,11 +10,11 @@ import pytest
 import tiny
 from edges import SETTINGS, STEPS, BanningPolicy, assert_finite, assert_unchanged, one_step
 
-from ppo_kernel.compiled import compile_iteration
 from ppo_kernel.config import Hyperparams
+from ppo_kernel.evaluation import full_sequences, response_logprobs
 from ppo_kernel.iteration import collect
 from ppo_kernel.ops.kl import k3
-from ppo_kernel.scoring import full_sequences, response_logprobs
+from ppo_kernel.program import compile_iteration
 
 
 def test_tokens_that_the_policy_bans_are_no_edge():
@@ -126,7 +126,7 @@ def test_bfloat16_computes_what_float32_does_to_its_rounding(param_dtype):
     iteration = compile_iteration(config=config)
     collected = iteration.collect(unchanged, narrow, tiny.prompts(), Hyperparams())
     rollout = collected.rollout
-    np.testing.assert_array_equal(collected.old_logprobs, collected.scores.reference_logprobs)
+    np.testing.assert_array_equal(collected.old_logprobs, collected.evaluation.reference_logprobs)
     np.testing.assert_allclose(collected.old_logprobs, rollout.logprobs, atol=1e-5)
     hidden = wide.hidden(*full_sequences(rollout))
     exact, _ = response_logprobs(wide, rollout, hidden, temperature=1.0)

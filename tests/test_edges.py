@@ -15,17 +15,17 @@ import tiny
 from edges import SETTINGS, STEPS, assert_finite, assert_unchanged
 from jaxtyping import Array, Float
 
-from ppo_kernel.compiled import compile_iteration
 from ppo_kernel.config import Hyperparams
 from ppo_kernel.iteration import collect, learn
 from ppo_kernel.ops.kl import k3
+from ppo_kernel.program import compile_iteration
 from ppo_kernel.types import Rollout
 
 NAN, INF = float("nan"), float("inf")
 
 
 class TableReward(eqx.Module):
-    """Scores that are an argument of the program, so that one program takes any of them."""
+    """Evaluation that are an argument of the program, so that one program takes any of them."""
 
     scores: Float[Array, " B"]
 
@@ -190,7 +190,7 @@ def test_rows_without_a_token_change_nothing_for_the_others():
             replace_fn=lambda x: x.at[rows].set(jnp.zeros((), x.dtype)),
         )  # fmt: skip
         return eqx.tree_at(
-            lambda c: (c.rollout.logprobs, c.old_logprobs, c.scores.values), collected,
+            lambda c: (c.rollout.logprobs, c.old_logprobs, c.evaluation.values), collected,
             replace_fn=lambda x: x.at[rows].set(value),
         )  # fmt: skip
 

@@ -7,7 +7,7 @@ import tiny
 from edges import BanningPolicy, assert_finite
 from test_update_edges import experience, language_model, unclamped_loss, updated
 
-from ppo_kernel.learner import Learner
+from ppo_kernel.learner.state import Learner
 from ppo_kernel.losses import clipped_policy_loss
 
 

@@ -11,23 +11,21 @@ ROOT = Path(__file__).parents[1]
 
 ARRAYS_ONLY = {"rewards": {"ops"}, "advantages": {"ops"}, "losses": {"ops"}}
 DOWN = {
-    "cli": {"train"},
-    "train": {"compiled", "io"},
-    "compiled": {"iteration"},
-    "iteration": {"update", "metrics"},
+    "cli": {"command", "demos"},
+    "demos": {"command"},
+    "command": {"trainer"},
+    "trainer": {"program", "io"},
+    "program": {"iteration"},
+    "iteration": {"rollout", "learner", "advantages", "metrics"},
     "metrics": {"rewards"},
-    "update": {"rollout", "scoring", "rewards", "advantages", "gradients"},
-    "gradients": {"scoring", "learner"},
-    "learner": {"losses", "models"},
-    "rollout": {"continuous"},
-    "continuous": {"decode"},
-    "decode": {"models"},
-    "scoring": {"models"},
+    "learner": {"evaluation", "losses"},
+    "rollout": {"models"},
+    "evaluation": {"models"},
     **ARRAYS_ONLY,
     "io": {"models"},
     "models": {"sharding"},
     "sharding": {"config"},
-    "config": {"ops"},
+    "config": {"losses"},
     "ops": {"types"},
     "types": set(),
 }
@@ -91,6 +89,6 @@ def test_importing_the_reference_loads_no_jax():
 
 @pytest.mark.parametrize("part", ["rewards", "advantages", "losses"])
 def test_array_stages_use_aliases_but_no_record(part):
-    records = {"Prompts", "Rollout", "Scores", "Experience"}
+    records = {"Prompts", "Rollout", "Evaluation", "Experience"}
     names = {name.split(".")[-1] for name in imported(ROOT / f"ppo_kernel/{part}.py")}
     assert not names & records

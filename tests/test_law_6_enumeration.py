@@ -41,10 +41,10 @@ from enumeration import (
 
 from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
 from ppo_kernel.iteration import learn
-from ppo_kernel.learner import Learner
+from ppo_kernel.learner.state import Learner
+from ppo_kernel.losses import fixed_mean, sequence_mean, token_mean
 from ppo_kernel.ops.kl import k1, k2, k3, with_gradient_of
-from ppo_kernel.ops.masked import fixed_mean, sequence_mean, token_mean
-from ppo_kernel.rollout import generate
+from ppo_kernel.rollout.generate import generate
 
 KL_COEF = 0.3
 FIXED_MEAN = fixed_mean(LENGTH)
@@ -182,7 +182,7 @@ def test_law_6_k3_in_the_reward_has_the_value_of_the_kl_but_not_its_gradient(flo
     w = world(name)
     scores = w.scores["a sequence"]
     gradient, metrics = expected_estimate(name, scores, reward_kl=k3)
-    x = w.rows.old_logprobs - w.rows.scores.reference_logprobs
+    x = w.rows.old_logprobs - w.rows.evaluation.reference_logprobs
     penalty = jnp.sum(jnp.where(w.rows.rollout.mask, jnp.exp(-x) - 1.0 + x, 0.0), axis=1)
     exact = exact_gradient(name, scores - KL_COEF * penalty)
     assert distance(gradient, exact) < 1e-10

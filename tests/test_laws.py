@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import tiny
 
-from ppo_kernel.compiled import compile_iteration
 from ppo_kernel.config import Hyperparams
+from ppo_kernel.evaluation import full_sequences, predicting_slots, response_logprobs
 from ppo_kernel.iteration import ppo_iteration
-from ppo_kernel.models.families import FAMILIES
+from ppo_kernel.models.families.table import FAMILIES
 from ppo_kernel.ops.sampling import sampling_noise
-from ppo_kernel.rollout import generate
-from ppo_kernel.scoring import full_sequences, predicting_slots, response_logprobs
+from ppo_kernel.program import compile_iteration
+from ppo_kernel.rollout.generate import generate
 from ppo_kernel.sharding import make_mesh, place
 from ppo_kernel.types import Prompts
 
@@ -60,7 +60,7 @@ def test_law_1_unchanged_parameters_have_no_kl(name, recompute):
     config = tiny.iteration_config(tiny.generation(**static), recompute_old_logprobs=recompute)
     state = tiny.start(hyperparams, policy=policy)
     collected = compile_iteration(config=config).collect(state, policy, tiny.prompts(), hyperparams)
-    log_ratios = collected.old_logprobs - collected.scores.reference_logprobs
+    log_ratios = collected.old_logprobs - collected.evaluation.reference_logprobs
     assert float(jnp.max(jnp.abs(log_ratios))) <= (0.0 if recompute else 2e-5)
     restricted = collected.rollout.behaviour_logprobs - collected.rollout.logprobs
     assert float(restricted.min()) >= -1e-5, "a restriction can only make a token more likely"

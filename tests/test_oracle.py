@@ -24,10 +24,10 @@ from ppo_kernel import iteration
 from ppo_kernel.advantages import gae
 from ppo_kernel.config import Hyperparams
 from ppo_kernel.iteration import collect
-from ppo_kernel.learner import Learner
+from ppo_kernel.learner.epochs import minibatch_order
+from ppo_kernel.learner.state import Learner
 from ppo_kernel.ops.sampling import sampling_noise
 from ppo_kernel.testing import NORM_TOLERANCES
-from ppo_kernel.update import minibatch_order
 
 
 @cache
@@ -79,10 +79,14 @@ def assert_same_experience(seen, trace, relative=NORM_TOLERANCES["float64"]):
         ("logprobs", rollout.logprobs, trace.rollout.logprobs),
         ("behaviour", rollout.behaviour_logprobs, trace.rollout.behaviour_logprobs),
         ("old logprobs", collected.old_logprobs, expected.old_logprobs),
-        ("reference logprobs", collected.scores.reference_logprobs, expected.reference_logprobs),
+        (
+            "reference logprobs",
+            collected.evaluation.reference_logprobs,
+            expected.reference_logprobs,
+        ),
         # Past the end of a response the shipped values mean nothing.
         ("values", np.where(mask, values, 0.0), expected.old_values),
-        ("last values", collected.scores.bootstrap_values, trace.scores.bootstrap_values),
+        ("last values", evaluation.bootstrap_values, trace.evaluation.bootstrap_values),
         ("bootstrap values", bootstrap_values, trace.bootstrap_values),
         ("rewards", rewards, trace.rewards),
         ("advantages", advantages, trace.raw_advantages),

@@ -11,10 +11,10 @@ import pytest
 import tiny
 from jax.experimental import io_callback
 
-from ppo_kernel.compiled import compile_iteration
 from ppo_kernel.config import GenerationConfig, Hyperparams
 from ppo_kernel.ops.kl import k3
-from ppo_kernel.rollout import generate
+from ppo_kernel.program import compile_iteration
+from ppo_kernel.rollout.generate import generate
 from ppo_kernel.sharding import make_mesh, place
 
 

@@ -10,9 +10,9 @@ import published_formulas as theirs
 import pytest
 
 from ppo_kernel.advantages import gae
-from ppo_kernel.losses import clipped_policy_loss
+from ppo_kernel.losses import clipped_policy_loss, fixed_mean, token_mean
 from ppo_kernel.ops.kl import k1, k2, k3
-from ppo_kernel.ops.masked import fixed_mean, token_mean, whiten
+from ppo_kernel.ops.masked import whiten
 from ppo_kernel.rewards import adaptive_kl_coef, token_rewards
 
 FULL = np.ones((1, 3), bool)

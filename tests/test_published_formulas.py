@@ -10,9 +10,15 @@ import pytest
 from hypothesis import assume, given
 
 from ppo_kernel.advantages import gae
-from ppo_kernel.losses import clipped_policy_loss, clipped_value_loss
+from ppo_kernel.losses import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    fixed_mean,
+    sequence_mean,
+    token_mean,
+)
 from ppo_kernel.ops.kl import k1, k2, k3, with_gradient_of
-from ppo_kernel.ops.masked import fixed_mean, sequence_mean, token_mean, whiten
+from ppo_kernel.ops.masked import whiten
 from ppo_kernel.rewards import adaptive_kl_coef, token_rewards
 from ppo_kernel.testing import SHAPES, TOLERANCES, log_ratios, masks, reals
 

@@ -11,12 +11,12 @@ import pytest
 import tiny
 
 from ppo_kernel.advantages import gae
-from ppo_kernel.compiled import compile_iteration
 from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
-from ppo_kernel.learner import Learner
+from ppo_kernel.learner.state import Learner
 from ppo_kernel.losses import clipped_policy_loss
+from ppo_kernel.program import compile_iteration
 from ppo_kernel.rewards import token_rewards
-from ppo_kernel.rollout import generate
+from ppo_kernel.rollout.generate import generate
 
 
 @pytest.fixture(autouse=True)

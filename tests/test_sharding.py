@@ -11,10 +11,10 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from ppo_kernel import sharding
-from ppo_kernel.compiled import compile_iteration
 from ppo_kernel.config import Hyperparams
-from ppo_kernel.learner import Learner
-from ppo_kernel.scoring import ModelReward
+from ppo_kernel.evaluation import ModelReward
+from ppo_kernel.learner.state import Learner
+from ppo_kernel.program import compile_iteration
 
 
 def test_names_come_from_the_table():

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ppo_kernel.compiled import compile_iteration
 from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
-from ppo_kernel.learner import Learner
+from ppo_kernel.learner.state import Learner
 from ppo_kernel.models import LanguageModel, Transformer, TransformerConfig, ValueModel
 from ppo_kernel.models.heads import ValueHead
+from ppo_kernel.program import compile_iteration
 from ppo_kernel.types import Prompts
 
 VOCABULARY, EOS, PAD = 13, 1, 0

@@ -15,8 +15,8 @@ from jaxtyping import Array, Int
 from bench.cases import build, even_fraction, random_policy, settings
 from bench.peers.common import Rounds, flags, prompt_ids
 from bench.sizes import Size
-from ppo_kernel.compiled import compile_iteration
-from ppo_kernel.rollout import generate
+from ppo_kernel.program import compile_iteration
+from ppo_kernel.rollout.generate import generate
 from ppo_kernel.types import Prompts
 
 

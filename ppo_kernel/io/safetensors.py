@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..models.family import Weight
+from ..models.families.family import Weight
 from .folders import INDEX, WEIGHTS, read_json
 
 SHARD_BYTES = 5 * 2**30

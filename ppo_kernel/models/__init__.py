@@ -1,15 +1,15 @@
-"""Models, and what any other model must offer to take their place (`base`)."""
+"""Models, and what any other model must offer to take their place (`protocol`)."""
 
-from .base import Cache as Cache
-from .base import Critic as Critic
-from .base import Decoder as Decoder
-from .base import DecodingPolicy as DecodingPolicy
-from .base import FromSlot as FromSlot
-from .base import GrowingPolicy as GrowingPolicy
-from .base import Policy as Policy
 from .heads import LanguageModel as LanguageModel
 from .heads import ValueHead as ValueHead
 from .heads import ValueModel as ValueModel
+from .protocol import Cache as Cache
+from .protocol import Critic as Critic
+from .protocol import Decoder as Decoder
+from .protocol import DecodingPolicy as DecodingPolicy
+from .protocol import FromSlot as FromSlot
+from .protocol import GrowingPolicy as GrowingPolicy
+from .protocol import Policy as Policy
 from .transformer import RopeScaling as RopeScaling
 from .transformer import Transformer as Transformer
 from .transformer import TransformerConfig as TransformerConfig

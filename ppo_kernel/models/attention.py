@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from ..ops.masked import at_least_float32
-from ..ops.products import wide_einsum
+from ..ops.dtypes import upcast
+from .kernels.products import wide_einsum
 from .kv_cache import without_lone_head, write_slots
 from .layers import Linear, RMSNorm, Rotation, for_few_rows, rotate, side_by_side
 
@@ -183,7 +183,7 @@ def _attend_forward(query, key, value, allowed):
 def _attend_backward(residuals, cotangent):
     query, key, value, allowed, largest, total = residuals
     weights = jnp.exp(_logits(query, key, allowed) - largest)
-    share = (at_least_float32(_joint(cotangent)) / _turned(total)).astype(value.dtype)
+    share = (upcast(_joint(cotangent)) / _turned(total)).astype(value.dtype)
     value_gradient = jnp.einsum("bksx,bkxe->bkse", weights.astype(value.dtype), share)
     along = wide_einsum("bkse,bkxe->bksx", value, share)
     # sum(p dp) and not its equal sum(do o): a query that sees one slot then has no gradient, and

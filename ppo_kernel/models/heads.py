@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ..ops.masked import at_least_float32, wider_type
-from ..ops.products import wide_product
-from .base import Cache, Decoder
-from .few_rows import LaidOut
+from ..ops.dtypes import promote_types, upcast
+from .kernels.decode_matmul import LaidOut
+from .kernels.products import wide_product
 from .kv_cache import KVCache
+from .protocol import Cache, Decoder
 from .transformer import Transformer, TransformerConfig
 
 
@@ -52,7 +52,7 @@ class LanguageModel(eqx.Module):
         """Logits of each row of `hidden`, at least float32."""
         matrix = self._matrix()
         if isinstance(matrix, LaidOut):
-            return matrix(hidden, wider_type(hidden.dtype, jnp.float32))
+            return matrix(hidden, promote_types(hidden.dtype, jnp.float32))
         return wide_product(hidden, matrix.astype(hidden.dtype))
 
     def for_decoding(self) -> "LanguageModel":
@@ -92,7 +92,7 @@ class ValueHead(eqx.Module):
     weight: Float[Array, " D"]
 
     def __call__(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
-        return at_least_float32(hidden) @ at_least_float32(self.weight)
+        return upcast(hidden) @ upcast(self.weight)
 
 
 class ValueModel(eqx.Module):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ..ops.masked import at_least_float32
-from .few_rows import LARGE, LaidOut
+from ..ops.dtypes import upcast
+from .kernels.decode_matmul import LARGE, LaidOut
 
 
 class Linear(eqx.Module):
@@ -118,7 +118,7 @@ class RMSNorm(eqx.Module):
     epsilon: float = eqx.field(static=True, default=1e-6)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        wide = at_least_float32(x)
+        wide = upcast(x)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         weight = self.weight.reshape((1,) * (x.ndim - 1) + (-1,))
         return weight.astype(x.dtype) * (wide * scale).astype(x.dtype)
@@ -193,7 +193,7 @@ def rotation_of(positions: Int[Array, "*batch"], frequencies: Float[Array, " hal
     Returns:
         At least float32.
     """
-    frequencies = at_least_float32(frequencies).reshape((1,) * positions.ndim + (-1,))
+    frequencies = upcast(frequencies).reshape((1,) * positions.ndim + (-1,))
     angles = positions.astype(frequencies.dtype)[..., None] * frequencies
     # Without the barrier XLA would compute them again in every layer.
     return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
@@ -214,7 +214,7 @@ def rotate(x: Float[Array, "*batch X E"], rotation: Rotation) -> Float[Array, "*
         Same shape and type as `x`; computed in at least float32.
     """
     cos, sin = (part[..., None, None, :] for part in rotation)
-    halves = at_least_float32(x).reshape(*x.shape[:-1], 2, -1)
+    halves = upcast(x).reshape(*x.shape[:-1], 2, -1)
     # Turned over rather than put together anew from its halves: one pass, forward and backward.
     signs = jnp.array([-1.0, 1.0], halves.dtype).reshape((1,) * (x.ndim - 1) + (2, 1))
     rotated = halves * cos + jnp.flip(halves, axis=-2) * (signs * sin)

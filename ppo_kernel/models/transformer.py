@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ..config import POSITIVE, Range, check_whole
-from ..ops.masked import wider_type
+from ..ops.checks import POSITIVE, Range, check_whole
+from ..ops.dtypes import promote_types
 from .attention import KEPT, Attention, attend_causally
-from .base import Cache, Decoder
 from .kv_cache import KVCache
 from .layers import GatedMLP, Linear, RMSNorm, Rotation, rotation_of
+from .protocol import Cache, Decoder
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TransformerConfig:
             and more memory, and small models less time to run. With all of them in one turn, the
             last layer leaves out what only the prompts' own results need: see `FromSlot`.
         attention: what mixes the values of whole sequences, with the signature of the default:
-            `attend_causally`, or `fused_attention.cudnn_attention`.
+            `attend_causally`, or `kernels.cudnn.cudnn_attention`.
 
     Raises:
         ValueError: sizes that do not fit each other, types that are none.
@@ -274,7 +274,7 @@ class Transformer(eqx.Module):
         return self.embedding[tokens].astype(self.config.compute_dtype)
 
     def _rotation(self, positions: Int[Array, "*batch"]) -> Rotation:
-        dtype = wider_type(self.config.compute_dtype, jnp.float32)
+        dtype = promote_types(self.config.compute_dtype, jnp.float32)
         return rotation_of(positions, jnp.asarray(self.config.rope_frequencies(), dtype))
 
 

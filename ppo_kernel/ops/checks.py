@@ -1,6 +1,13 @@
-"""Refusal of arrays that would be broadcast to a wrong result."""
+"""Refusal of numbers and arrays that would give a wrong result without a word."""
 
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Shaped
+
+from ..types import Scalar
 
 
 def check_shape(name: str, x: Shaped[Array, "..."], *shapes: tuple[int, ...]) -> None:
@@ -19,3 +26,57 @@ def check_shape(name: str, x: Shaped[Array, "..."], *shapes: tuple[int, ...]) ->
         wanted = " or ".join(map(str, shapes))
         got = f"shape {shape}" if shape is not None else repr(x)
         raise ValueError(f"{name} must be an array of shape {wanted}, got {got}.")
+
+
+class Range(NamedTuple):
+    """The finite numbers with low <= x <= high, without `low` itself where `above`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+
+    def check(self, name: str, value: Scalar | None) -> None:
+        """Refuse a number outside the range; one that is traced has no value yet.
+
+        Args:
+            name: what the message calls it.
+            value: a number, an array of them, or None.
+
+        Raises:
+            ValueError: names the setting, the range and the value.
+        """
+        if isinstance(value, Tracer):
+            return
+        number = np.asarray(value)
+        if number.dtype.kind in "bcSUO":
+            raise ValueError(f"{name} must be a real number, got {value!r}.")
+        number = number.astype(np.float64)
+        inside = (number > self.low) if self.above else (number >= self.low)
+        if not (np.isfinite(number) & inside & (number <= self.high)).all():
+            low = f", {'above' if self.above else 'at least'} {self.low:g}"
+            high = f", at most {self.high:g}"
+            bounds = low * (self.low > -math.inf) + high * (self.high < math.inf)
+            raise ValueError(f"{name} must be finite{bounds}, got {value}.")
+
+
+def check_whole(name: str, value: int | None, *, least: int = 1, optional: bool = False) -> None:
+    """Refuse what is not a whole number of at least `least`, or None where `optional`.
+
+    Args:
+        name: what the message calls it.
+        value: to be checked.
+        least: the smallest that is allowed.
+        optional: whether None is allowed.
+
+    Raises:
+        ValueError: names the setting and the value.
+    """
+    if value is None and optional:
+        return
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value is None or value < least:
+        none = ", or None" if optional else ""
+        raise ValueError(f"{name} must be a whole number of at least {least}{none}; got {value!r}.")
+
+
+POSITIVE, FRACTION, SHARE = Range(0, above=True), Range(0, 1), Range(0, 1, above=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..types import Scalar
-from .masked import at_least_float32
+from .dtypes import upcast
 
 
 def token_logprobs(
@@ -51,7 +51,7 @@ def entropy(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
 
 def _shifted(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
     """z - max z in at least float32. After it nothing cancels: a likely token keeps its digits."""
-    logits = at_least_float32(logits)
+    logits = upcast(logits)
     return logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
 
 
@@ -158,7 +158,7 @@ def logprobs_from_hidden(
     """
 
     def head(hidden: Float[Array, "B t D"], tokens: Int[Array, "B t"]):
-        logits = at_least_float32(unembed(hidden.reshape(-1, hidden.shape[-1])))
+        logits = upcast(unembed(hidden.reshape(-1, hidden.shape[-1])))
         temper = jnp.asarray(temperature).astype(logits.dtype)
         logprobs, entropies = _logprobs_and_entropies(logits, tokens.reshape(-1), temper)
         return logprobs.reshape(tokens.shape), entropies.reshape(tokens.shape)

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from ppo_kernel.io.folders import existing_folder, read_json, staged
 from ppo_kernel.io.safetensors import WeightFiles, load_weights, save_weights
-from ppo_kernel.models.family import Weight
+from ppo_kernel.models.families.family import Weight
 
 
 class Toy(eqx.Module):

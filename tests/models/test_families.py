@@ -11,7 +11,7 @@ import pytest
 from ppo_kernel.io.folders import staged
 from ppo_kernel.io.safetensors import WeightFiles, load_weights, save_weights
 from ppo_kernel.models import LanguageModel, RopeScaling, TransformerConfig, ValueModel
-from ppo_kernel.models.families import FAMILIES, family_named, family_of
+from ppo_kernel.models.families.table import FAMILIES, family_named, family_of
 
 SIZES = {
     "vocab_size": 17,

@@ -11,11 +11,11 @@ def twins(*names: str) -> str:
     return rf"test_twins\.py::.*\[({'|'.join(names)})"
 
 
-GRADIENTS = r"test_update\.py::test_gradient_of_a_minibatch_equals_the_reference\[None\]"
+GRADIENTS = r"learner/test_update\.py::test_gradient_of_a_minibatch_equals_the_reference\[None\]"
 UPDATE = (
     GRADIENTS,
-    r"test_update\.py",
-    r"test_update_edges\.py",
+    r"learner/test_update\.py",
+    r"learner/test_update_edges\.py",
     r"test_holes\.py",
     r"test_oracle\.py::test_law_10_the_whole.*\[(shared-adaptive|grouped)\]",
     r"test_edges\.py::test_(a_planted_nan|nothing_is|rows_without|a_batch_without|overflowing)",
@@ -25,13 +25,13 @@ UPDATE = (
 )
 
 ROLLOUT = (
-    r"test_rollout_reference\.py",
+    r"rollout/test_rollout_reference\.py",
     r"test_laws\.py::test_law_[24].*\[(tied|recurrent)\]",
     r"test_program\.py::test_generation_stops",
     r"test_laws\.py::test_law_1_unchanged_parameters_have_no_kl\[(all|plain)-rollout\]",
     r"test_edge_programs\.py::test_(an_eos|a_ban|a_pad_id|a_vocabulary_of_one)",
-    r"test_continuous\.py::test_slots_for_every",
-    r"test_growing_cache\.py",
+    r"rollout/test_slots\.py::test_slots_for_every",
+    r"rollout/test_growing_cache\.py",
     r"test_refusals\.py::test_(prompts|numbers)",
 )
 
@@ -43,7 +43,7 @@ CHECKS = {
     ),
     "ops/masked.py": (
         r"ops/test_masked\.py",
-        twins("masked_", "whiten", "token_mean", "sequence_mean", "fixed_mean"),
+        twins("masked_", "whiten"),
     ),
     "ops/sampling.py": (
         r"ops/test_sampling\.py",
@@ -55,18 +55,22 @@ CHECKS = {
         r"test_refusals\.py::test_rewards",
     ),
     "advantages.py": (r"test_advantages\.py", twins("gae"), r"test_refusals\.py::test_gae"),
-    "losses.py": (r"test_losses\.py", twins("clipped_", "is_clipped")),
-    "update.py": UPDATE,
-    "gradients.py": UPDATE,
-    "learner.py": UPDATE,
-    "decode.py": ROLLOUT,
-    "rollout.py": ROLLOUT,
-    "continuous.py": (
-        r"test_continuous\.py",
-        r"test_growing_cache\.py",
+    "losses.py": (
+        r"test_losses\.py",
+        twins("clipped_", "is_clipped", "token_mean", "sequence_mean", "fixed_mean"),
     ),
-    "scoring.py": (
-        r"test_scoring\.py",
+    "learner/epochs.py": UPDATE,
+    "learner/gradient.py": UPDATE,
+    "learner/state.py": UPDATE,
+    "learner/optimizer.py": UPDATE,
+    "rollout/lockstep.py": ROLLOUT,
+    "rollout/generate.py": ROLLOUT,
+    "rollout/slots.py": (
+        r"rollout/test_slots\.py",
+        r"rollout/test_growing_cache\.py",
+    ),
+    "evaluation.py": (
+        r"test_evaluation\.py",
         r"test_laws\.py::test_law_2_cached.*\[tied\]",
         r"test_oracle\.py::test_law_10_the_whole.*\[shared-adaptive\]",
     ),

@@ -16,13 +16,7 @@ from ppo_kernel.ops.logprobs import (
     token_logprobs,
 )
 from ppo_kernel.sharding import make_mesh, place
-from ppo_kernel.testing import (
-    TOLERANCES,
-    logits,
-    reals,
-    repadded_responses,
-    token_ids,
-)
+from ppo_kernel.testing import TOLERANCES, logits, reals, repadded_responses, token_ids
 
 VOCABULARY, WIDTH, SHAPE = 7, 3, (4, 6)
 IN_BLOCKS = 24

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from ppo_kernel.ops.masked import fixed_mean, masked_sum, sequence_mean, token_mean, whiten
+from ppo_kernel.losses import fixed_mean, sequence_mean, token_mean
+from ppo_kernel.ops.masked import masked_sum, whiten
 from ppo_kernel.testing import SHAPES, masks, reals
 
 SHAPE = SHAPES[0]

@@ -1,0 +1,1 @@
+"""Kinds of published checkpoints: settings and weight names, one kind a file."""

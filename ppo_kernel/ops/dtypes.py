@@ -1,0 +1,22 @@
+"""The rule of types: what is summed, exponentiated or kept is at least float32."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Inexact, PyTree
+
+
+def promote_types(first: DTypeLike, second: DTypeLike) -> jnp.dtype:
+    """The type that holds `first` and `second`, said outright: strict promotion allows that."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(first, second)
+
+
+def upcast(x: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`x` in float32, or in its own type where that is wider."""
+    return x.astype(promote_types(x.dtype, jnp.float32))
+
+
+def upcast_tree(tree: PyTree) -> PyTree:
+    """`tree` in at least float32, as gradients and moments are kept."""
+    return jax.tree.map(upcast, tree)

@@ -1,1 +1,0 @@
-"""What runs the kernel: supervised fine-tuning, reward model, PPO."""

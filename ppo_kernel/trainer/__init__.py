@@ -1,0 +1,1 @@
+"""What a practitioner imports: trainer, model folders, rewards and supervised stages."""

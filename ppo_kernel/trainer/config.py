@@ -1,0 +1,248 @@
+"""`PPOConfig`: the familiar flat settings, checked, and turned into those of the kernel."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import equinox as eqx
+import optax
+
+from ..config import GenerationConfig, Hyperparams, IterationConfig
+from ..learner.optimizer import matrices
+from ..learner.state import Learner
+from ..ops.checks import Range, check_whole
+from ..ops.kl import k1
+from ..types import KLEstimator
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Settings of a PPO run.
+
+    Attributes:
+        learning_rate_actor, learning_rate_critic: Adam's step size.
+        learning_rate_schedule: iteration -> factor on both rates; None keeps them.
+        clip_ratio: the ratio is clipped to [1 - clip_ratio, 1 + clip_ratio_high].
+        clip_ratio_high: None takes `clip_ratio`.
+        dual_clip: bound on the ratio times a negative advantage, above 1; None for none.
+        value_clip: how far values may move from the old ones in an iteration; None for any.
+        gamma: discount.
+        lambda_gae: GAE's lambda.
+        num_ppo_epochs: passes over a batch.
+        train_batch_size: sequences an iteration (prompts * samples_per_prompt).
+        num_minibatches: optimizer steps an epoch.
+        per_device_batch_size: sequences a device takes at a time; less than its share of a
+            minibatch means gradient accumulation. It never changes the result.
+        sft_model_path, reward_model_path: model folders; the caller loads them.
+        kl_coeff: weight of the KL penalty (its start where `kl_target` is set).
+        kl_target: nats a sequence that an adaptive coefficient aims at; None keeps it fixed.
+        kl_horizon: sequences over which the adaptive coefficient acts.
+        kl_estimator: k1, k2 or k3 of `ppo_kernel.ops.kl`, or a function of your own.
+        kl_in_loss: the penalty is a loss term instead of a part of the rewards.
+        max_seq_len: bound on prompt + response tokens.
+        max_new_tokens: response tokens; None takes what the prompt leaves of `max_seq_len`.
+        min_new_tokens: EOS is banned before so many tokens.
+        samples_per_prompt: responses to each prompt of a batch.
+        temperature: of sampling and of all log-probabilities.
+        top_k: sampling keeps the k likeliest tokens; None keeps all.
+        top_p: sampling keeps the likeliest tokens that hold this probability; None keeps all.
+        min_p: sampling drops tokens less likely than this share of the likeliest; None keeps all.
+        decode_slots: sequences decoded at a time, over all devices; see `GenerationConfig`.
+        entropy_coeff: weight of the entropy bonus.
+        value_coeff: weight of the value loss; 0 freezes the critic.
+        max_grad_norm: clip of the gradient's norm, of actor and critic each; None for none.
+        missing_eos_penalty: subtracted from the score of a response without EOS.
+        score_clip: scores are clipped to [-score_clip, score_clip]; None for none.
+        whiten_advantages: to mean 0 and deviation 1 over all tokens of the batch.
+        bootstrap_truncated: a response that ran out of room continues with the critic's value.
+        recompute_old_logprobs: by a whole forward pass instead of the rollout's own.
+        logprob_chunk_size: tokens that pass the output head at a time; None for all.
+        response_widths: ascending numbers of response slots that the update is compiled for,
+            besides the most; they decide speed, never the result.
+        weight_decay: decoupled, on the matrices of actor and critic.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    learning_rate_actor: float = 1e-5
+    learning_rate_critic: float = 1e-5
+    learning_rate_schedule: Callable[[int], float] | None = None
+    clip_ratio: float = 0.2
+    clip_ratio_high: float | None = None
+    dual_clip: float | None = None
+    value_clip: float | None = 0.2
+    gamma: float = 1.0
+    lambda_gae: float = 0.95
+    num_ppo_epochs: int = 4
+    train_batch_size: int = 64
+    num_minibatches: int = 1
+    per_device_batch_size: int | None = None
+    sft_model_path: str | os.PathLike | None = None
+    reward_model_path: str | os.PathLike | None = None
+    kl_coeff: float = 0.05
+    kl_target: float | None = None
+    kl_horizon: float = 10_000.0
+    kl_estimator: KLEstimator = k1
+    kl_in_loss: bool = False
+    max_seq_len: int = 512
+    max_new_tokens: int | None = None
+    min_new_tokens: int = 0
+    samples_per_prompt: int = 1
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    decode_slots: int | None = None
+    entropy_coeff: float = 0.0
+    value_coeff: float = 1.0
+    max_grad_norm: float | None = 1.0
+    missing_eos_penalty: float = 0.0
+    score_clip: float | None = None
+    whiten_advantages: bool = True
+    bootstrap_truncated: bool = False
+    recompute_old_logprobs: bool = False
+    logprob_chunk_size: int | None = 1024
+    response_widths: tuple[int, ...] = ()
+    weight_decay: float = 0.0
+
+    def __post_init__(self):
+        for field in fields(self):
+            if field.type in (int, int | None):
+                least, optional = int(field.name != "min_new_tokens"), field.type is not int
+                check_whole(field.name, getattr(self, field.name), least=least, optional=optional)
+        Range(0).check("weight_decay", self.weight_decay)
+        if self.kl_target is not None and self.kl_coeff == 0.0:
+            raise ValueError(
+                f"kl_coeff=0 with kl_target={self.kl_target}: the controller multiplies the "
+                "coefficient, which would stay 0; start it above, or leave the target out."
+            )
+        try:
+            self._check_parts()
+        except ValueError as error:
+            name, _, rest = str(error).partition(" ")
+            raise ValueError(f"{_OUR_NAMES.get(name, name)} {rest}") from error
+        if self.train_batch_size % (self.samples_per_prompt * self.num_minibatches):
+            raise ValueError(
+                f"train_batch_size={self.train_batch_size} is not a multiple of "
+                f"samples_per_prompt={self.samples_per_prompt} * "
+                f"num_minibatches={self.num_minibatches}."
+            )
+
+    def _check_parts(self) -> None:
+        """Make the settings of the kernel once: each says what it refuses, by its own name."""
+        # Traced, so that no array is made: programs may yet choose their devices or types.
+        eqx.filter_eval_shape(lambda: self._hyperparams(1.0))
+        # The shortest prompt leaves the most room, and on as many devices as there are sequences
+        # every micro-batch fits: the rest is for the trainer to say.
+        self.iteration(self.generation(1, (), 0), num_devices=self.train_batch_size)
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts an iteration."""
+        return self.train_batch_size // self.samples_per_prompt
+
+    def hyperparams(self, iteration: int = 0) -> Hyperparams:
+        """The traced settings of an iteration."""
+        schedule = self.learning_rate_schedule
+        return self._hyperparams(1.0 if schedule is None else float(schedule(iteration)))
+
+    def _hyperparams(self, factor: float) -> Hyperparams:
+        """With the learning rates multiplied by `factor`."""
+        high = self.clip_ratio if self.clip_ratio_high is None else self.clip_ratio_high
+        return Hyperparams(
+            learning_rate_actor=self.learning_rate_actor * factor,
+            learning_rate_critic=self.learning_rate_critic * factor,
+            clip_ratio_low=self.clip_ratio,
+            clip_ratio_high=high,
+            dual_clip=self.dual_clip,
+            value_clip=self.value_clip,
+            gamma=self.gamma,
+            lam=self.lambda_gae,
+            kl_coef=self.kl_coeff,
+            kl_target=self.kl_target,
+            kl_horizon=self.kl_horizon,
+            entropy_coef=self.entropy_coeff,
+            value_coef=self.value_coeff,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            max_grad_norm_actor=self.max_grad_norm,
+            max_grad_norm_critic=self.max_grad_norm,
+            missing_eos_penalty=self.missing_eos_penalty,
+            score_clip=self.score_clip,
+        )
+
+    def generation(
+        self, prompt_width: int, eos_token_ids: tuple[int, ...], pad_token_id: int
+    ) -> GenerationConfig:
+        """Settings of the rollout for prompts of `prompt_width` slots.
+
+        `eos_token_ids` and `pad_token_id` are the model's.
+
+        Raises:
+            ValueError: prompt and response do not fit into `max_seq_len`.
+        """
+        room, wanted = self.max_seq_len - prompt_width, self.max_new_tokens
+        if room < (1 if wanted is None else wanted):
+            raise ValueError(
+                f"a prompt of {prompt_width} slots and {wanted or 1} new tokens do not fit into "
+                f"max_seq_len={self.max_seq_len}; shorten the prompts or raise it."
+            )
+        return GenerationConfig(
+            max_new_tokens=room if wanted is None else wanted,
+            eos_token_ids=eos_token_ids,
+            pad_token_id=pad_token_id,
+            min_new_tokens=self.min_new_tokens,
+            top_k=self.top_k,
+            samples_per_prompt=self.samples_per_prompt,
+            decode_slots=self.decode_slots,
+        )
+
+    def iteration(self, generation: GenerationConfig, num_devices: int = 1) -> IterationConfig:
+        """Static settings of an iteration around its `generation`, on `num_devices`.
+
+        Raises:
+            ValueError: a minibatch does not divide into `per_device_batch_size` on all devices.
+        """
+        minibatch = self.train_batch_size // self.num_minibatches
+        size = None
+        if self.per_device_batch_size is not None:
+            size = min(self.per_device_batch_size * num_devices, minibatch)
+            if minibatch % size:
+                raise ValueError(
+                    f"a minibatch of {minibatch} sequences does not divide into micro-batches of "
+                    f"per_device_batch_size={self.per_device_batch_size} on {num_devices} devices."
+                )
+        return IterationConfig(
+            generation=generation,
+            num_epochs=self.num_ppo_epochs,
+            num_minibatches=self.num_minibatches,
+            microbatch_size=size,
+            reward_kl=None if self.kl_in_loss else self.kl_estimator,
+            loss_kl=self.kl_estimator if self.kl_in_loss else None,
+            whiten_advantages=self.whiten_advantages,
+            bootstrap_truncated=self.bootstrap_truncated,
+            recompute_old_logprobs=self.recompute_old_logprobs,
+            logprob_chunk_size=self.logprob_chunk_size,
+            response_widths=self.response_widths,
+        )
+
+    def learner(self) -> Learner:
+        """Adam directions, with decoupled weight decay where asked for."""
+
+        def optimizer() -> optax.GradientTransformation:
+            if self.weight_decay == 0.0:
+                return optax.scale_by_adam()
+            decay = optax.add_decayed_weights(self.weight_decay, mask=matrices)
+            return optax.chain(optax.scale_by_adam(), decay)
+
+        return Learner(actor_optimizer=optimizer(), critic_optimizer=optimizer())
+
+
+_OUR_NAMES = {
+    "clip_ratio_low": "clip_ratio", "lam": "lambda_gae", "kl_coef": "kl_coeff",
+    "entropy_coef": "entropy_coeff", "value_coef": "value_coeff",
+    "max_grad_norm_actor": "max_grad_norm", "num_epochs": "num_ppo_epochs",
+}  # fmt: skip
+"""What a setting of the kernel is called here, where that differs."""

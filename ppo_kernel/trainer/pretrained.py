@@ -1,0 +1,352 @@
+"""Models as folders in the layout of Hugging Face: load, save, start from nothing."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ..config import GenerationConfig
+from ..io.folders import existing_folder, staged
+from ..io.manifest import Manifest
+from ..io.safetensors import WeightFiles, load_weights, save_weights
+from ..io.tokenizer import Tokenizer, left_pad
+from ..models.attention import attend_causally
+from ..models.families.family import Family
+from ..models.families.table import family_named
+from ..models.heads import LanguageModel, ValueModel
+from ..models.transformer import Transformer, TransformerConfig
+from ..rollout.generate import generate
+from ..types import Prompts
+from .text_reward import decode
+
+_WIDTH_STEP = 64
+
+
+@dataclass(frozen=True, eq=False)
+class CausalLM:
+    """A language model with its tokenizer.
+
+    Immutable: `with_model` makes a changed one.
+
+    Attributes:
+        model: the pytree that the kernel trains.
+        tokenizer: None where the folder has none.
+        manifest: the folder's JSON files.
+    """
+
+    model: LanguageModel
+    tokenizer: Tokenizer | None
+    manifest: Manifest
+
+    @classmethod
+    def init(
+        cls,
+        key: Key[Array, ""],
+        config: TransformerConfig,
+        *,
+        tokenizer: Tokenizer | None = None,
+        family: str | Family = "llama",
+    ) -> "CausalLM":
+        """A model with random weights; consumes `key`.
+
+        Raises:
+            ValueError: the family cannot express `config`, or the vocabulary is too small.
+        """
+        family = family_named(family) if isinstance(family, str) else family
+        _check(config, tokenizer)
+        manifest = Manifest(family, family.describe(config), {})
+        return cls(LanguageModel.init(key, config), tokenizer, manifest)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        param_dtype: str = "float32",
+        compute_dtype: str | None = None,
+        cache_dtype: str | None = None,
+        attention: Callable = attend_causally,
+    ) -> "CausalLM":
+        """Load a folder with config.json, weights in safetensors and, if any, tokenizer.json.
+
+        Args:
+            path: a local folder; nothing is downloaded.
+            param_dtype: type of the parameters, whatever the folder has.
+            compute_dtype: type of the activations; None takes `param_dtype`.
+            cache_dtype: type of the KV cache; None takes `compute_dtype`.
+            attention: see `TransformerConfig`.
+
+        Returns:
+            The model, with the folder's tokenizer and settings.
+
+        Raises:
+            FileNotFoundError: no such folder, or it has no config.json.
+            ValueError: a model that is not supported, or tensors that do not fit it.
+        """
+        manifest, config, tokenizer = _open(
+            path, attention, param_dtype, compute_dtype, cache_dtype
+        )
+        weights = manifest.family.causal_lm_weights(config)
+        # Some writers store the output matrix of a tied model once more.
+        ignored = ("lm_head.weight",) if config.tie_embeddings else ()
+        with WeightFiles(existing_folder(path)) as files:
+            if "score.weight" in files.names:
+                raise ValueError(
+                    f"{os.fspath(path)} holds a sequence classifier (score.weight), not a "
+                    "language model: use RewardModel.from_pretrained."
+                )
+            model = load_weights(files, _policy_shapes(config), weights, ignored=ignored)
+        return cls(model, tokenizer, manifest)
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Write a folder at `path` that we and transformers' AutoModelForCausalLM load.
+
+        Raises:
+            ValueError: the model is no longer of the shape that its config says.
+        """
+        _save(self, path)
+
+    def with_model(self, model: LanguageModel) -> "CausalLM":
+        """The same with other parameters."""
+        return replace(self, model=model)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        key: Key[Array, ""],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> list[str]:
+        """Sample one response to each prompt, as text.
+
+        Args:
+            prompts: text.
+            key: consumed.
+            max_new_tokens: T.
+            temperature: > 0; with `top_k=1` the likeliest tokens, whatever it is.
+            top_k, top_p: see `restrict_logits`.
+
+        Returns:
+            The responses, without special tokens, in the same order.
+
+        Raises:
+            ValueError: no tokenizer, a prompt without a token, or a number out of its range.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer, so it cannot read text.")
+        tokens, mask = _padded(self.tokenizer.encode(prompts), self.pad_token_id)
+        config = GenerationConfig(
+            max_new_tokens, self.eos_token_ids, self.pad_token_id, top_k=top_k
+        )
+        batch = Prompts(tokens, mask, jnp.arange(len(tokens)))
+        rollout = _written(
+            self.model, batch, key, config=config, temperature=temperature, top_p=top_p
+        )
+        return decode(self.tokenizer, rollout.tokens, rollout.mask)
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Sizes and types."""
+        return self.model.trunk.config
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends a response."""
+        return self.manifest.eos_token_ids(self.tokenizer)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What unused slots hold; it changes nothing else here."""
+        return self.manifest.pad_token_id(self.tokenizer)
+
+    def __repr__(self) -> str:
+        return _describe(self)
+
+
+@dataclass(frozen=True, eq=False)
+class RewardModel:
+    """A model of one score a sequence: that of its last token.
+
+    Immutable like `CausalLM`.
+
+    Attributes:
+        model: the pytree; every slot has a value, a score is the last valid one.
+        tokenizer: None where the folder has none.
+        manifest: the folder's JSON files.
+    """
+
+    model: ValueModel
+    tokenizer: Tokenizer | None
+    manifest: Manifest
+
+    @classmethod
+    def on(cls, causal_lm: CausalLM) -> "RewardModel":
+        """The trunk of `causal_lm` under a zero head: where reward training starts."""
+        model = ValueModel.on(causal_lm.model.trunk)
+        return cls(model, causal_lm.tokenizer, causal_lm.manifest)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        param_dtype: str = "float32",
+        compute_dtype: str | None = None,
+        attention: Callable = attend_causally,
+    ) -> "RewardModel":
+        """Load a folder of a sequence classifier with one label.
+
+        Arguments as in `CausalLM.from_pretrained`; a reward model has no KV cache.
+
+        Raises:
+            FileNotFoundError: no such folder, or it has no config.json.
+            ValueError: no classifier, one of several labels, or as in `CausalLM`.
+        """
+        manifest, config, tokenizer = _open(path, attention, param_dtype, compute_dtype)
+        with WeightFiles(existing_folder(path)) as files:
+            if "score.weight" not in files.names:
+                raise ValueError(
+                    f"{os.fspath(path)} has no score.weight: it is a language model, not a "
+                    "sequence classifier. To train a reward model from it, use "
+                    "RewardModel.on(CausalLM.from_pretrained(path))."
+                )
+            weights = manifest.family.classifier_weights(config)
+            model = load_weights(files, _reward_shapes(config), weights)
+        return cls(model, tokenizer, manifest)
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Write a folder at `path`, for transformers' AutoModelForSequenceClassification too.
+
+        That class scores the last token which is not the pad id, so it agrees with us on texts
+        that end with another one.
+
+        Raises:
+            ValueError: the model is no longer of the shape that its config says.
+        """
+        _save(self, path)
+
+    def with_model(self, model: ValueModel) -> "RewardModel":
+        """The same with other parameters."""
+        return replace(self, model=model)
+
+    def score_texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """One score for each prompt with its response, read by this model's own tokenizer.
+
+        Args:
+            prompts, responses: text; a response is read right after its prompt.
+
+        Returns:
+            The scores, in the same order.
+
+        Raises:
+            ValueError: no tokenizer, lists of different lengths, or a text without a token.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this reward model has no tokenizer, so it cannot read text.")
+        if len(prompts) != len(responses):
+            raise ValueError(f"{len(prompts)} prompts for {len(responses)} responses.")
+        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        tokens, mask = _padded(self.tokenizer.encode(texts), self.pad_token_id)
+        scores = _last_values(self.model, tokens, mask)
+        return np.asarray(scores, np.float64).tolist()
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Sizes and types."""
+        return self.model.trunk.config
+
+    @property
+    def pad_token_id(self) -> int:
+        """What unused slots hold; transformers finds the last token by it."""
+        return self.manifest.pad_token_id(self.tokenizer)
+
+    def __repr__(self) -> str:
+        return _describe(self)
+
+
+_written = eqx.filter_jit(generate)
+
+
+def _padded(ids: list[list[int]], pad_id: int) -> tuple[Int[Array, "N P"], Bool[Array, "N P"]]:
+    """Left-padded to one of few widths, since each compiles a program."""
+    width = -(-max(map(len, ids), default=1) // _WIDTH_STEP) * _WIDTH_STEP
+    tokens, mask = left_pad(ids, pad_id=pad_id, width=width)
+    return jnp.asarray(tokens), jnp.asarray(mask)
+
+
+@eqx.filter_jit
+def _last_values(model: ValueModel, tokens: Array, mask: Array) -> Float[Array, " B"]:
+    return model(tokens, mask)[:, -1]
+
+
+def _open(
+    path: str | os.PathLike,
+    attention: Callable,
+    param_dtype: str,
+    compute_dtype: str | None,
+    cache_dtype: str | None = None,
+) -> tuple[Manifest, TransformerConfig, Tokenizer | None]:
+    folder = existing_folder(path)
+    manifest = Manifest.read(folder)
+    compute_dtype = param_dtype if compute_dtype is None else compute_dtype
+    config = manifest.family.to_config(
+        manifest.config,
+        param_dtype=param_dtype,
+        compute_dtype=compute_dtype,
+        cache_dtype=compute_dtype if cache_dtype is None else cache_dtype,
+        attention=attention,
+    )
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    tokenizer = Tokenizer.load(folder) if has_tokenizer else None
+    _check(config, tokenizer)
+    return manifest, config, tokenizer
+
+
+def _check(config: TransformerConfig, tokenizer: Tokenizer | None) -> None:
+    types = (config.param_dtype, config.compute_dtype, config.cache_dtype)
+    if "float64" in types and jnp.result_type(float) != jnp.float64:
+        raise ValueError('float64 needs jax.config.update("jax_enable_x64", True) first.')
+    if tokenizer is not None and tokenizer.num_ids > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.num_ids} ids, but the embedding only "
+            f"{config.vocab_size} rows (vocab_size); resize the embedding, or pass the tokenizer "
+            "that belongs to the model."
+        )
+
+
+def _save(holder: "CausalLM | RewardModel", path: str | os.PathLike) -> None:
+    family, config = holder.manifest.family, holder.config
+    classifier = isinstance(holder, RewardModel)
+    weights = (family.classifier_weights if classifier else family.causal_lm_weights)(config)
+    like = (_reward_shapes if classifier else _policy_shapes)(config)
+    with staged(path) as folder:
+        holder.manifest.write(folder, config, tokenizer=holder.tokenizer, classifier=classifier)
+        if holder.tokenizer is not None:
+            holder.tokenizer.save(folder)
+        save_weights(folder, holder.model, like, weights)
+
+
+def _policy_shapes(config: TransformerConfig) -> LanguageModel:
+    return eqx.filter_eval_shape(lambda: LanguageModel.init(jax.random.key(0), config))
+
+
+def _reward_shapes(config: TransformerConfig) -> ValueModel:
+    return eqx.filter_eval_shape(lambda: ValueModel.on(Transformer.init(jax.random.key(0), config)))
+
+
+def _describe(holder: CausalLM | RewardModel) -> str:
+    config = holder.config
+    count = sum(x.size for x in jax.tree.leaves(eqx.filter(holder.model, eqx.is_array)))
+    return (
+        f"{type(holder).__name__}({holder.manifest.family.model_type}, {count:,} parameters "
+        f"in {config.param_dtype}, {config.num_layers} layers of width {config.hidden_size}, "
+        f"vocabulary {config.vocab_size}, {holder.tokenizer or 'no tokenizer'})"
+    )
