@@ -28,11 +28,13 @@ class Stage:
         compile_s: seconds of tracing, lowering and compiling.
         temporary_mb: what the program allocates besides arguments and results, 1e6 bytes; None
             where the backend does not say.
+        program: the compiled program, for what else it says of itself.
     """
 
     run: Callable[[], object]
     compile_s: float
     temporary_mb: float | None
+    program: jax.stages.Compiled
 
 
 def prepare(name: str, case: Case) -> Stage:
@@ -47,8 +49,9 @@ def _compiled(function: Callable, *arguments, donate: str = "none"):
     start = time.perf_counter()
     jit = eqx.filter_jit(function, donate=donate, compiler_options=compiler_options())
     compiled = jit.lower(*arguments).compile()
-    seconds = time.perf_counter() - start
-    facts = {"compile_s": round(seconds, 2), "temporary_mb": memory_mb(compiled.compiled)}
+    seconds = round(time.perf_counter() - start, 2)
+    program = compiled.compiled
+    facts = {"compile_s": seconds, "temporary_mb": memory_mb(program), "program": program}
     return compiled, facts
 
 
