@@ -96,6 +96,9 @@ def matrices(parameters: PyTree) -> PyTree[bool]:
 
     Args:
         parameters: arrays by path, as Optax passes them to a mask; None where nothing is trained.
+
+    Returns:
+        The same tree of booleans.
     """
 
     def is_matrix(path: tuple, x: jax.Array) -> bool:
