@@ -35,27 +35,24 @@ class Ending(eqx.Module):
     model: LanguageModel
     probability: float = eqx.field(static=True)
 
-    def hidden(self, tokens, mask):
-        return self.model.hidden(tokens, mask)
+    def hidden(self, tokens, mask, start=0):
+        return self.model.hidden(tokens, mask, start)
 
     def unembed(self, hidden):
-        """The EOS logit set to log sum exp of the others + log(p / (1 - p))."""
-        logits = self.model.unembed(hidden)
-        others = jax.nn.logsumexp(logits.at[:, EOS].set(-jnp.inf), axis=-1)
-        odds = math.log(self.probability / (1 - self.probability))
-        return logits.at[:, EOS].set(others + odds)
+        return self._with_eos(self.model.unembed(hidden))
 
     def prefill(self, tokens, mask, capacity):
         return self.model.prefill(tokens, mask, capacity)
 
-    def grow(self, cache, capacity):
-        return self.model.grow(cache, capacity)
-
     def decoder(self):
-        return self.model.decoder()
+        decoder = self.model.decoder()
+        return decoder._replace(unembed=lambda hidden: self._with_eos(decoder.unembed(hidden)))
 
-    def for_decoding(self):
-        return replace(self, model=self.model.for_decoding())
+    def _with_eos(self, logits):
+        """The EOS logit becomes log sum exp of the others + log(p / (1 - p))."""
+        others = jax.nn.logsumexp(logits.at[:, EOS].set(-jnp.inf), axis=-1)
+        odds = math.log(self.probability / (1 - self.probability))
+        return logits.at[:, EOS].set(others + odds)
 
 
 def main() -> None:

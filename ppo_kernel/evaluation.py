@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .models.heads import ValueHead
-from .models.protocol import Critic, FromSlot, Policy
+from .models.protocol import Critic, Policy
 from .ops.logprobs import logprobs_from_hidden
 from .types import Evaluation, Rollout, Scalar
 
@@ -80,16 +80,16 @@ def response_values(
 
 
 def response_hidden(policy: Policy, rollout: Rollout) -> Float[Array, "B rest D"]:
-    """The policy's hidden states from the last slot of the prompts on: all that a loss reads.
+    """The policy's hidden states from the last prompt slot on: all that a loss reads.
 
     Args:
-        policy: by its `from_slot` where it is `FromSlot`.
+        policy: asked for slots P - 1 to S - 1.
         rollout: B sequences.
 
     Returns:
-        T + 1 states a sequence.
+        T + 1 states per sequence.
     """
-    return _from_prompt_end(policy, policy.hidden, rollout)
+    return policy.hidden(*full_sequences(rollout), _last_prompt_slot(rollout))
 
 
 def critic_values(
@@ -109,15 +109,11 @@ def critic_values(
     """
     if isinstance(critic, ValueHead):
         return critic(policy_hidden())
-    return _from_prompt_end(critic, critic, rollout)
+    return critic(*full_sequences(rollout), _last_prompt_slot(rollout))
 
 
-def _from_prompt_end(model: Policy | Critic, whole: Callable, rollout: Rollout):
-    tokens, mask = full_sequences(rollout)
-    start = rollout.prompt_tokens.shape[1] - 1
-    if isinstance(model, FromSlot):
-        return model.from_slot(tokens, mask, start)
-    return whole(tokens, mask)[:, start:]
+def _last_prompt_slot(rollout: Rollout) -> int:
+    return rollout.prompt_tokens.shape[1] - 1
 
 
 def evaluate(
@@ -164,5 +160,5 @@ class ModelReward(eqx.Module):
 
     def __call__(self, rollout: Rollout) -> Float[Array, " B"]:
         """One score a sequence; that of the prompt alone where the response is empty."""
-        _, scores = response_values(_from_prompt_end(self.model, self.model, rollout), rollout)
-        return scores
+        values = self.model(*full_sequences(rollout), _last_prompt_slot(rollout))
+        return response_values(values, rollout)[1]

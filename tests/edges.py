@@ -22,17 +22,21 @@ class BanningPolicy(eqx.Module):
     model: LanguageModel
     banned: tuple[int, ...] = eqx.field(static=True, default=(4, 5, 6))
 
-    def hidden(self, tokens, mask):
-        return self.model.hidden(tokens, mask)
+    def hidden(self, tokens, mask, start=0):
+        return self.model.hidden(tokens, mask, start)
 
     def unembed(self, hidden):
-        return self.model.unembed(hidden).at[:, jnp.array(self.banned)].set(-jnp.inf)
+        return self._without_banned(self.model.unembed(hidden))
 
     def prefill(self, tokens, mask, capacity):
         return self.model.prefill(tokens, mask, capacity)
 
     def decoder(self):
-        return self.model.decoder()
+        decoder = self.model.decoder()
+        return decoder._replace(unembed=lambda x: self._without_banned(decoder.unembed(x)))
+
+    def _without_banned(self, logits):
+        return logits.at[:, jnp.array(self.banned)].set(-jnp.inf)
 
 
 def one_step(config, policy, batch, critic=None, **settings):

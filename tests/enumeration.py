@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from ppo_kernel.evaluation import evaluate, full_sequences, predicting_slots, response_logprobs
 from ppo_kernel.iteration import Collected
+from ppo_kernel.models import Decoder
 from ppo_kernel.types import Prompts, Rollout
 
 VOCABULARY, LENGTH, PROMPTS = 3, 3, 2
@@ -42,8 +43,8 @@ class TablePolicy(eqx.Module):
 
     table: Float[Array, "prefixes V"]
 
-    def hidden(self, tokens, mask):
-        return self.table[prefix_codes(tokens, mask)]
+    def hidden(self, tokens, mask, start=0):
+        return self.table[prefix_codes(tokens, mask)[:, start:]]
 
     def unembed(self, hidden):
         return hidden
@@ -58,7 +59,7 @@ class TablePolicy(eqx.Module):
             code = code * VOCABULARY + tokens
             return self.table[code], code
 
-        return step
+        return Decoder(step, self.unembed)
 
 
 class TableCritic(eqx.Module):
@@ -66,8 +67,8 @@ class TableCritic(eqx.Module):
 
     table: Float[Array, " prefixes"]
 
-    def __call__(self, tokens, mask):
-        return self.table[prefix_codes(tokens, mask)]
+    def __call__(self, tokens, mask, start=0):
+        return self.table[prefix_codes(tokens, mask)[:, start:]]
 
 
 class World(NamedTuple):

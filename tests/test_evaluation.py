@@ -2,7 +2,6 @@
 
 import dataclasses
 from functools import cache
-from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import jax
@@ -16,12 +15,13 @@ from oracle import assert_near, model_to_reference, to_reference
 import reference.evaluation
 from ppo_kernel.evaluation import (
     ModelReward,
+    critic_values,
     evaluate,
     full_sequences,
     response_hidden,
     response_logprobs,
 )
-from ppo_kernel.models import LanguageModel
+from ppo_kernel.models import Transformer
 
 SHAPE = (3, 4)
 CRITICS = {"separate": {"num_layers": 1}, "shared": None}
@@ -99,22 +99,20 @@ def test_full_sequences_end_with_the_response(float64):
 
 
 def test_only_the_slots_that_are_read_are_asked_for(float64, monkeypatch):
-    """T + 1 from the last slot of the prompts on; a model that cannot be asked gives them too."""
-    policy, _, _, rollout = draw("separate", 3)
-    asked, from_slot = [], LanguageModel.from_slot
+    """T + 1 per sequence, from the last prompt slot on."""
+    policy, _, critic, rollout = draw("separate", 3)
+    asked, forward = [], Transformer.__call__
 
-    def watched(self, tokens, mask, start):
+    def watched(self, tokens, mask, start=0):
         asked.append(start)
-        return from_slot(self, tokens, mask, start)
+        return forward(self, tokens, mask, start)
 
-    monkeypatch.setattr(LanguageModel, "from_slot", watched)
+    monkeypatch.setattr(Transformer, "__call__", watched)
     hidden = response_hidden(policy, rollout)
-    assert asked == [rollout.prompt_tokens.shape[1] - 1]
+    values = critic_values(critic, rollout, lambda: hidden)
+    assert asked == [rollout.prompt_tokens.shape[1] - 1] * 2
     rows, length = rollout.tokens.shape
-    assert hidden.shape[:2] == (rows, length + 1)
-    members = ("hidden", "unembed", "prefill", "decoder")
-    plain = SimpleNamespace(**{name: getattr(policy, name) for name in members})
-    np.testing.assert_allclose(response_hidden(plain, rollout), hidden, rtol=0, atol=1e-12)
+    assert hidden.shape[:2] == values.shape == (rows, length + 1)
 
 
 def test_a_hole_in_the_loss_mask_is_still_read(float64):

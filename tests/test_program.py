@@ -124,13 +124,13 @@ class CountingPolicy(tiny.RecurrentPolicy):
     """Reports every decode step that really runs."""
 
     def decoder(self):
-        step = super().decoder()
+        decoder = super().decoder()
 
         def counted(tokens, state):
             jax.debug.callback(STEPS.append, tokens.shape[0])
-            return step(tokens, state)
+            return decoder.step(tokens, state)
 
-        return counted
+        return decoder._replace(step=counted)
 
 
 STEPS: list[int] = []

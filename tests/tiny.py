@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
 from ppo_kernel.learner.state import Learner
-from ppo_kernel.models import LanguageModel, Transformer, TransformerConfig, ValueModel
+from ppo_kernel.models import Decoder, LanguageModel, Transformer, TransformerConfig, ValueModel
 from ppo_kernel.models.heads import ValueHead
 from ppo_kernel.program import compile_iteration
 from ppo_kernel.types import Prompts
@@ -104,8 +104,8 @@ class RecurrentPolicy(eqx.Module):
         initial = jnp.zeros((tokens.shape[0], self.embedding.shape[1]))
         return jax.lax.scan(step, initial, (tokens.T, mask.T))
 
-    def hidden(self, tokens, mask):
-        return self._scan(tokens, mask)[1].swapaxes(0, 1)
+    def hidden(self, tokens, mask, start=0):
+        return self._scan(tokens, mask)[1].swapaxes(0, 1)[:, start:]
 
     def unembed(self, hidden):
         return hidden @ self.embedding.T
@@ -120,7 +120,7 @@ class RecurrentPolicy(eqx.Module):
             state = self._read(state, tokens, jnp.ones(tokens.shape, bool))
             return state, state
 
-        return step
+        return Decoder(step, self.unembed)
 
 
 class RecurrentCritic(eqx.Module):
@@ -129,8 +129,8 @@ class RecurrentCritic(eqx.Module):
     body: RecurrentPolicy
     weight: Float[Array, " D"]
 
-    def __call__(self, tokens, mask):
-        return self.body.hidden(tokens, mask) @ self.weight
+    def __call__(self, tokens, mask, start=0):
+        return self.body.hidden(tokens, mask, start) @ self.weight
 
 
 def assert_trees_close(a, b, tolerance: float):

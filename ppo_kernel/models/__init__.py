@@ -6,9 +6,6 @@ from .heads import ValueModel as ValueModel
 from .protocol import Cache as Cache
 from .protocol import Critic as Critic
 from .protocol import Decoder as Decoder
-from .protocol import DecodingPolicy as DecodingPolicy
-from .protocol import FromSlot as FromSlot
-from .protocol import GrowingPolicy as GrowingPolicy
 from .protocol import Policy as Policy
 from .transformer import RopeScaling as RopeScaling
 from .transformer import Transformer as Transformer

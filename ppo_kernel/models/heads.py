@@ -1,6 +1,4 @@
-"""What stands on a trunk: an output head (policy), or one number a slot (critic, reward model)."""
-
-from dataclasses import replace
+"""Heads on a trunk: logits (policy), or one number per slot (critic, reward model)."""
 
 import equinox as eqx
 import jax
@@ -20,12 +18,11 @@ class LanguageModel(eqx.Module):
 
     Attributes:
         trunk: tokens -> hidden states.
-        output: one row a token id, like the embedding; None where it is the embedding (tied); laid
-            out while the policy decodes.
+        output: one row per token id, like the embedding; None where it is the embedding (tied).
     """
 
     trunk: Transformer
-    output: Float[Array, "V D"] | LaidOut | None
+    output: Float[Array, "V D"] | None
 
     @classmethod
     def init(cls, key: Key[Array, ""], config: TransformerConfig) -> "LanguageModel":
@@ -37,33 +34,16 @@ class LanguageModel(eqx.Module):
         output = 0.02 * jax.random.normal(output_key, trunk.embedding.shape)
         return cls(trunk, output.astype(config.param_dtype))
 
-    def hidden(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Final hidden state of every slot; arguments as in `Policy`."""
-        return self.trunk(tokens, mask)
-
-    def from_slot(
-        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int
+    def hidden(
+        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int = 0
     ) -> Float[Array, "B rest D"]:
-        """Final hidden state of the slots from `start` on; arguments as in `FromSlot.from_slot`."""
-        return self.trunk.from_slot(tokens, mask, start)
+        """Final hidden states of slots `start` to S - 1; arguments as in `Policy`."""
+        return self.trunk(tokens, mask, start)
 
     @jax.named_scope("unembed")
     def unembed(self, hidden: Float[Array, "C D"]) -> Float[Array, "C V"]:
         """Logits of each row of `hidden`, at least float32."""
-        matrix = self._matrix()
-        if isinstance(matrix, LaidOut):
-            return matrix(hidden, promote_types(hidden.dtype, jnp.float32))
-        return wide_product(hidden, matrix.astype(hidden.dtype))
-
-    def for_decoding(self) -> "LanguageModel":
-        """The same policy, its output matrix laid out; see `DecodingPolicy`."""
-        matrix = self._matrix()
-        if isinstance(matrix, LaidOut):
-            return self
-        return replace(self, output=LaidOut.of(matrix.astype(self.trunk.config.compute_dtype)))
-
-    def _matrix(self) -> Float[Array, "V D"] | LaidOut:
-        return self.trunk.embedding if self.output is None else self.output
+        return wide_product(hidden, self._matrix().astype(hidden.dtype))
 
     def prefill(
         self, tokens: Int[Array, "N P"], mask: Bool[Array, "N P"], capacity: int
@@ -71,13 +51,21 @@ class LanguageModel(eqx.Module):
         """Hidden state of the last slot, and the cache; arguments as in `Policy`."""
         return self.trunk.prefill(tokens, mask, capacity)
 
-    def grow(self, cache: KVCache, capacity: int) -> KVCache:
-        """The cache with room for `capacity` slots; arguments as in `GrowingPolicy`."""
-        return cache.grown(capacity)
-
     def decoder(self) -> Decoder:
-        """The decode step of the trunk."""
-        return self.trunk.decoder()
+        """Step, unembed and grow, with every matrix laid out for few rows."""
+        matrix = LaidOut.of(self._matrix().astype(self.trunk.config.compute_dtype))
+
+        @jax.named_scope("unembed")
+        def unembed(hidden: Float[Array, "C D"]) -> Float[Array, "C V"]:
+            return matrix(hidden, promote_types(hidden.dtype, jnp.float32))
+
+        def grow(cache: KVCache, capacity: int) -> KVCache:
+            return cache.grown(capacity)
+
+        return Decoder(self.trunk.decoder(), unembed, grow)
+
+    def _matrix(self) -> Float[Array, "V D"]:
+        return self.trunk.embedding if self.output is None else self.output
 
 
 class ValueHead(eqx.Module):
@@ -96,7 +84,7 @@ class ValueHead(eqx.Module):
 
 
 class ValueModel(eqx.Module):
-    """A critic or a reward model: its own `trunk`, and a `head` for one number a slot."""
+    """A critic or a reward model: its own `trunk`, and a `head` with one number per slot."""
 
     trunk: Transformer
     head: ValueHead
@@ -106,12 +94,8 @@ class ValueModel(eqx.Module):
         """A critic on a trunk: the head starts at zero, so the first values are 0."""
         return cls(trunk, ValueHead(jnp.zeros(trunk.config.hidden_size, trunk.embedding.dtype)))
 
-    def __call__(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S"]:
-        """Value after reading each slot, reward units."""
-        return self.head(self.trunk(tokens, mask))
-
-    def from_slot(
-        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int
+    def __call__(
+        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int = 0
     ) -> Float[Array, "B rest"]:
-        """Values of the slots from `start` on; arguments as in `FromSlot.from_slot`."""
-        return self.head(self.trunk.from_slot(tokens, mask, start))
+        """Values after reading slots `start` to S - 1, reward units."""
+        return self.head(self.trunk(tokens, mask, start))

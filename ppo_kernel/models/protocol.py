@@ -1,30 +1,27 @@
-"""What a model must offer to be trained here: a few small protocols.
+"""What a model must offer to be trained here: four methods of a policy, one call of a critic.
 
-Every leaf of a model is an array or is left alone: inexact arrays are trained, everything else
-(integers, functions, settings) is carried along unchanged. Any `eqx.Module` will do.
+Inexact arrays are trained. Every other leaf (an integer, a function, a setting) is carried along
+unchanged. Any `eqx.Module` will do.
 """
 
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 Cache: TypeAlias = PyTree[Array]
 """What a policy remembers between tokens.
 
-The leading axis of every leaf is the batch (a rank-0 leaf is shared by the rows), so that the
-rollout can repeat it for the samples of a prompt, or put one prompt's row in the place of
-another's, whatever is inside.
-
-With `decode_slots` rows are replaced while the others go on: a row of another prefill goes into
-every leaf with a batch axis, and rank-0 leaves stay those of the running cache, so what they say
-must hold for old and new rows alike. More steps than `capacity` - P are then taken in all, though
-no row takes more: see the ring of `KVCache`.
+The leading axis of every leaf is the batch; a leaf of rank 0 is shared by all rows. The rollout
+repeats rows for the samples of a prompt. With `decode_slots` it also replaces single rows while the
+others go on: the new row comes from another prefill, and leaves of rank 0 stay as they are, so they
+must hold for old and new rows alike. The loop then takes more than `capacity` - P steps in all,
+though no row takes more: see the ring of `KVCache`.
 """
 
 
 @runtime_checkable
-class Decoder(Protocol):
-    """One step of a policy: takes the tokens just drawn, returns what predicts the next ones."""
+class DecodeStep(Protocol):
+    """One decode step: reads the tokens drawn last, returns the states that predict the next."""
 
     def __call__(
         self, tokens: Int[Array, " B"], cache: Cache
@@ -32,17 +29,53 @@ class Decoder(Protocol):
 
 
 @runtime_checkable
+class Unembed(Protocol):
+    """Rows of hidden states -> rows of logits."""
+
+    def __call__(self, hidden: Float[Array, "C D"]) -> Float[Array, "C V"]: ...
+
+
+@runtime_checkable
+class GrowCache(Protocol):
+    """A cache -> the same cache with room for `capacity` slots, before any slot is reused."""
+
+    def __call__(self, cache: Cache, capacity: int) -> Cache: ...
+
+
+class Decoder(NamedTuple):
+    """What the decode loop calls.
+
+    Attributes:
+        step: one decode step.
+        unembed: the logits of `Policy.unembed`, from weights laid out for few rows.
+        grow: gives a cache in use more slots; None where a cache needs no room. With it, a long
+            response is decoded in up to four loops and attention reads few empty slots.
+    """
+
+    step: DecodeStep
+    unembed: Unembed
+    grow: GrowCache | None = None
+
+
+@runtime_checkable
 class Policy(Protocol):
     """A language model that can be sampled from and trained.
 
-    The law that ties the methods: token by token through `prefill` and `decoder` gives the same
-    hidden states as `hidden` on the whole sequence, and slots outside the mask change nothing.
-    Everywhere `tokens` are ids in [0, V), `mask` says which slots hold one, and `capacity` is how
-    many slots the cache has room for.
+    Two laws tie the methods. Token by token, `prefill` and `decoder().step` give the hidden states
+    of `hidden` on the whole sequence. Slots outside the mask change nothing.
+
+    Everywhere `tokens` are ids in [0, V), `mask` says which slots hold one, `start` is the first
+    slot whose result is read, and `capacity` is how many slots a cache has room for.
     """
 
-    def hidden(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Final hidden state of every slot; slot i sees the valid slots up to and with i."""
+    def hidden(
+        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int = 0
+    ) -> Float[Array, "B rest D"]:
+        """Final hidden states of slots `start` to S - 1; slot i sees the valid slots up to i.
+
+        Losses and scores pass the last slot of the prompts as `start`: a model may skip work that
+        only earlier results need.
+        """
         ...
 
     def unembed(self, hidden: Float[Array, "C D"]) -> Float[Array, "C V"]:
@@ -56,67 +89,19 @@ class Policy(Protocol):
         ...
 
     def decoder(self) -> Decoder:
-        """The step function of the decode loop.
+        """The functions of the decode loop.
 
-        It is asked for once, outside the loop: the place to lay weights out for decoding.
-        """
-        ...
-
-
-@runtime_checkable
-class GrowingPolicy(Policy, Protocol):
-    """A policy whose cache can be given room for more slots while it is in use.
-
-    A long response is then decoded with a cache that is not much longer than what is written, and
-    prompts that are read ahead for `decode_slots` wait without room for a response.
-    """
-
-    def grow(self, cache: Cache, capacity: int) -> Cache:
-        """`cache`, no slot of which was written twice yet, with room for `capacity` of them."""
-        ...
-
-
-@runtime_checkable
-class DecodingPolicy(Policy, Protocol):
-    """A policy whose output matrix decode steps read faster when it lies otherwise in memory."""
-
-    def for_decoding(self) -> Policy:
-        """The same policy, which gives the same numbers, to be sampled from.
-
-        It is asked for once, outside the decode loop, as `decoder` is for the other weights.
-        """
-        ...
-
-
-@runtime_checkable
-class FromSlot(Protocol):
-    """A policy or critic that need not finish the slots whose results nobody reads.
-
-    Losses and scores read a sequence from the last slot of its prompt on. The last layer of a
-    Transformer owes the slots before it no more than their keys and values.
-    """
-
-    def from_slot(
-        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int
-    ) -> Float[Array, "B rest *D"]:
-        """The hidden states of a policy, or the values of a critic, from slot `start` on.
-
-        Args:
-            tokens: token ids, shape [B, S].
-            mask: whether a slot holds a real token.
-            start: the first slot that is read, in 0 .. S - 1.
-
-        Returns:
-            [B, S - start, D] of a policy, [B, S - start] of a critic: the last slots of what the
-            whole forward pass gives.
+        Called once, outside the loop: the place to lay weights out for decoding.
         """
         ...
 
 
 @runtime_checkable
 class Critic(Protocol):
-    """A model of one number a slot: a value model, or the trunk of a reward model."""
+    """A model with one number per slot: a value model or a reward model."""
 
-    def __call__(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S"]:
-        """Value after reading each slot, reward units."""
+    def __call__(
+        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int = 0
+    ) -> Float[Array, "B rest"]:
+        """Values after reading slots `start` to S - 1, reward units."""
         ...

@@ -15,7 +15,7 @@ from ..ops.dtypes import promote_types
 from .attention import KEPT, Attention, attend_causally
 from .kv_cache import KVCache
 from .layers import GatedMLP, Linear, RMSNorm, Rotation, rotation_of
-from .protocol import Cache, Decoder
+from .protocol import Cache, DecodeStep
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class TransformerConfig:
             everything, `nothing_saveable` only the layer's input.
         unroll: layers in one turn of the compiled loop. With more, programs take longer to compile
             and more memory, and small models less time to run. With all of them in one turn, the
-            last layer leaves out what only the prompts' own results need: see `FromSlot`.
+            last layer leaves out what only slots before `start` need: see `Policy.hidden`.
         attention: what mixes the values of whole sequences, with the signature of the default:
             `attend_causally`, or `kernels.cudnn.cudnn_attention`.
 
@@ -181,15 +181,9 @@ class Transformer(eqx.Module):
         return cast_floating(model, config.param_dtype)
 
     def __call__(
-        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]
-    ) -> Float[Array, "B S D"]:
-        """Final hidden state of every slot, compute type."""
-        return self._forward(tokens, mask)[0]
-
-    def from_slot(
-        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int
+        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int = 0
     ) -> Float[Array, "B rest D"]:
-        """Final hidden state of the slots from `start` on; arguments as in `FromSlot.from_slot`."""
+        """Final hidden states of slots `start` to S - 1, compute type."""
         return self._forward(tokens, mask, start)[0]
 
     def prefill(
@@ -201,7 +195,7 @@ class Transformer(eqx.Module):
         cache = KVCache.from_prefill(keys.astype(dtype), values.astype(dtype), mask, capacity)
         return hidden[:, 0], cache
 
-    def decoder(self) -> Decoder:
+    def decoder(self) -> DecodeStep:
         """The decode step, over layers taken apart once so that the loop copies no weights."""
         # Cast once: every use casts to the type of the activations.
         blocks = cast_floating(self._apart(), self.config.compute_dtype)

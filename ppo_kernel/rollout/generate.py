@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..config import GenerationConfig
-from ..models.protocol import Cache, DecodingPolicy, GrowingPolicy, Policy
+from ..models.protocol import Cache, Policy
 from ..ops.checks import FRACTION, POSITIVE, SHARE, check_shape, check_whole
 from ..ops.dtypes import upcast
 from ..ops.logprobs import token_logprobs
@@ -69,8 +69,7 @@ def generate(
     if noise is None:
         noise = sampling_noise(key, sample_ids, length)
     check_shape("noise", noise, (rows, length, 2))
-    if isinstance(policy, DecodingPolicy):
-        policy = policy.for_decoding()
+    decoder = policy.decoder()
 
     def read(tokens: Int[Array, "n P"], mask: Bool[Array, "n P"], steps: int = length - 1):
         return _repeat(policy.prefill(tokens, mask, width + steps), samples)
@@ -78,16 +77,15 @@ def generate(
     def draw(
         hidden: Float[Array, "X D"], noise: Float[Array, "X 2"], t: Int[Array, "*rows"]
     ) -> Drawn:
-        logits = upcast(policy.unembed(hidden))
+        logits = upcast(decoder.unembed(hidden))
         logits = logits / jnp.asarray(temperature).astype(logits.dtype)
         return _sample(logits, noise, t, config=config, top_p=top_p, min_p=min_p)
 
-    parts = (read, draw, policy.decoder(), prompts, noise)
-    grow = policy.grow if isinstance(policy, GrowingPolicy) else None
+    parts = (read, draw, decoder.step, prompts, noise)
     if config.decode_slots is None or config.decode_slots >= rows:
-        written = decode_batch(*parts, config=config, grow=grow)
+        written = decode_batch(*parts, config=config, grow=decoder.grow)
     else:
-        written = decode_queue(*parts, config=config, grow=grow, queues=queues)
+        written = decode_queue(*parts, config=config, grow=decoder.grow, queues=queues)
     tokens, mask, logprobs, behaviour_logprobs = written
     return Rollout(
         prompt_tokens=_repeat(prompts.tokens, samples),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..config import GenerationConfig
-from ..models.protocol import Cache, Decoder
+from ..models.protocol import Cache, DecodeStep
 from ..ops.dtypes import promote_types
 from ..types import Prompts
 
@@ -39,7 +39,7 @@ _LEAST_STEPS = 64
 def decode_batch(
     read: Read,
     draw: Draw,
-    step: Decoder,
+    step: DecodeStep,
     prompts: Prompts,
     noise: Float[Array, "B T 2"],
     *,
@@ -53,11 +53,11 @@ def decode_batch(
     so that attention reads few slots that are not written yet.
 
     Args:
-        read, draw, step: see `Read`, `Draw`, `Decoder`.
+        read, draw, step: see `Read`, `Draw`, `DecodeStep`.
         prompts: N of them.
         noise: uniforms in [0, 1).
         config: what the slots after an EOS hold.
-        grow: see `GrowingPolicy`.
+        grow: see `Decoder`.
 
     Returns:
         The responses, [B, T] each.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..config import GenerationConfig
-from ..models.protocol import Cache, Decoder
+from ..models.protocol import Cache, DecodeStep
 from ..types import Prompts
 from .lockstep import Draw, Read, Written, blank, rooms_of_loops
 from .rows import merge, put, put_rows, split, take, take_rows
@@ -26,7 +26,7 @@ _DRAINS = 2, 4
 def decode_queue(
     read: Read,
     draw: Draw,
-    step: Decoder,
+    step: DecodeStep,
     prompts: Prompts,
     noise: Float[Array, "B T 2"],
     *,
@@ -49,11 +49,11 @@ def decode_queue(
     room up to its own end; from then on the cache is full, a ring.
 
     Args:
-        read, draw, step: see `Read`, `Draw`, `Decoder`.
+        read, draw, step: see `Read`, `Draw`, `DecodeStep`.
         prompts: N of them, in the order in which they are taken.
         noise: uniforms in [0, 1).
         config: lengths, samples per prompt, and C = `decode_slots`.
-        grow: see `GrowingPolicy`: what is read ahead then has room for the prompt alone.
+        grow: see `Decoder`: what is read ahead then has room for the prompt alone.
         queues: Q.
 
     Returns:
@@ -135,7 +135,7 @@ class _Queue:
 
     read: Read
     draw: Draw
-    step: Decoder
+    step: DecodeStep
     grow: Callable[[Cache, int], Cache] | None
     tokens: Int[Array, "Q N P"]
     mask: Bool[Array, "Q N P"]

@@ -33,8 +33,8 @@ class AbsentAtPads(eqx.Module):
 
     model: Critic
 
-    def __call__(self, tokens, mask) -> Float[Array, "B S"]:
-        return jnp.where(mask, self.model(tokens, mask), jnp.nan)
+    def __call__(self, tokens, mask, start=0) -> Float[Array, "B rest"]:
+        return jnp.where(mask[:, start:], self.model(tokens, mask, start), jnp.nan)
 
 
 class Wrapped(eqx.Module):
@@ -42,8 +42,8 @@ class Wrapped(eqx.Module):
 
     model: Policy
 
-    def hidden(self, tokens, mask):
-        return self.model.hidden(tokens, mask)
+    def hidden(self, tokens, mask, start=0):
+        return self.model.hidden(tokens, mask, start)
 
     def unembed(self, hidden):
         return self.model.unembed(hidden)
@@ -60,9 +60,9 @@ class Noting(Wrapped):
 
     note: Callable = eqx.field(static=True)
 
-    def hidden(self, tokens, mask):
+    def hidden(self, tokens, mask, start=0):
         self.note(tokens.shape)
-        return self.model.hidden(tokens, mask)
+        return self.model.hidden(tokens, mask, start)
 
 
 class BrokenAt(Wrapped):
@@ -70,9 +70,9 @@ class BrokenAt(Wrapped):
 
     slots: Int[Array, ""]
 
-    def hidden(self, tokens, mask):
+    def hidden(self, tokens, mask, start=0):
         factor = jnp.where(tokens.shape[1] == self.slots, jnp.nan, 1.0)
-        return factor * self.model.hidden(tokens, mask)
+        return factor * self.model.hidden(tokens, mask, start)
 
 
 def language_model():

@@ -37,7 +37,8 @@ def test_results_and_gradients_are_those_of_the_whole_sequence(float64, name):
     models, tokens, mask, along = draw(SETTINGS[name])
 
     def from_slot(models):
-        return tuple(model.from_slot(tokens, mask, START) for model in models)
+        policy, critic = models
+        return policy.hidden(tokens, mask, START), critic(tokens, mask, START)
 
     def whole(models):
         policy, critic = models
@@ -51,7 +52,7 @@ def test_results_and_gradients_are_those_of_the_whole_sequence(float64, name):
 def test_the_last_of_the_layers_in_one_turn_skips_what_is_not_read(float64):
     """Its output product and the three of its MLP are of the slots that are read alone."""
     (policy, _), tokens, mask, _ = draw(SETTINGS["all layers in one turn"])
-    program = jax.jit(lambda policy: policy.from_slot(tokens, mask, START)).lower(policy)
+    program = jax.jit(lambda policy: policy.hidden(tokens, mask, START)).lower(policy)
     rows = ROWS * (SLOTS - START)
     narrow = re.findall(rf"dot_general.*-> tensor<{rows}x(\d+)xf64>", program.as_text())
     width, inner = policy.trunk.config.hidden_size, policy.trunk.config.intermediate_size

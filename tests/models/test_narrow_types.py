@@ -27,8 +27,8 @@ def test_logits_are_not_rounded_to_the_compute_type(rows, laid_out):
     policy = tiny.language_model(**TYPES)
     matrix = policy.output
     hidden = drawn(rows, matrix.shape[1], size=20.0)
-    head = policy.for_decoding() if laid_out else policy
-    logits = jax.jit(lambda hidden: head.unembed(hidden))(hidden)
+    unembed = policy.decoder().unembed if laid_out else policy.unembed
+    logits = jax.jit(lambda hidden: unembed(hidden))(hidden)
     want = wide(hidden) @ wide(matrix).T
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, want, rtol=1e-5, atol=1e-4)

@@ -16,11 +16,11 @@ from ppo_kernel.rollout.generate import generate
 LENGTH = 4 * 64 + 3
 
 
-class GrowingBanningPolicy(BanningPolicy):
-    """The same policy, but its cache need not have all its slots from the start."""
+class FixedCachePolicy(BanningPolicy):
+    """The same policy, but its cache has all its slots from the start."""
 
-    def grow(self, cache, capacity):
-        return self.model.grow(cache, capacity)
+    def decoder(self):
+        return super().decoder()._replace(grow=None)
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,8 @@ def test_a_growing_cache_changes_nothing(float64, settings, least, most):
     config = tiny.generation(max_new_tokens=LENGTH, samples_per_prompt=2, **settings)
     run = eqx.filter_jit(generate)
     model, batch, key = tiny.language_model(), tiny.prompts((3, 1, 4)), jax.random.key(4)
-    got = run(GrowingBanningPolicy(model), batch, key, config=config)
-    want = run(BanningPolicy(model), batch, key, config=config)
+    got = run(BanningPolicy(model), batch, key, config=config)
+    want = run(FixedCachePolicy(model), batch, key, config=config)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_array_equal(got.mask, want.mask)
     np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-12)
@@ -55,13 +55,13 @@ def watch(monkeypatch, see):
     decoder = LanguageModel.decoder
 
     def watched(self):
-        step = decoder(self)
+        plain = decoder(self)
 
         def seen(tokens, cache):
             see(cache.mask.shape[1])
-            return step(tokens, cache)
+            return plain.step(tokens, cache)
 
-        return seen
+        return plain._replace(step=seen)
 
     monkeypatch.setattr(LanguageModel, "decoder", watched)
 
@@ -117,7 +117,7 @@ def test_a_cache_that_does_not_grow_has_room_for_every_step(slots, monkeypatch):
     length = 16 + 2 - batch.tokens.shape[1]
     config = tiny.generation(max_new_tokens=length, decode_slots=slots)
     jax.eval_shape(
-        lambda model, key: generate(BanningPolicy(model), batch, key, config=config),
+        lambda model, key: generate(FixedCachePolicy(model), batch, key, config=config),
         tiny.language_model(), jax.random.key(0),
     )  # fmt: skip
     assert set(capacities) == {32}

@@ -322,7 +322,9 @@ def test_a_reward_model_or_critic_with_fewer_ids_is_refused(folders, tokenizer):
     # Through text the sizes do not matter, and a model of another class does not have one.
     other = dataclasses.replace(RewardModel.on(small), tokenizer=words(-1))
     assert isinstance(PPOActorCritic(policy, other, config).reward(), PythonReward)
-    PPOActorCritic(policy, python, config, lambda tokens, mask: jnp.zeros(tokens.shape))
+    PPOActorCritic(
+        policy, python, config, lambda tokens, mask, start=0: jnp.zeros(tokens[:, start:].shape)
+    )
 
 
 def test_models_and_trainer_have_one_config(folders):

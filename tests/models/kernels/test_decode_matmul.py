@@ -131,9 +131,9 @@ def test_a_wide_model_token_by_token_equals_whole_sequences(monkeypatch, rows, s
     @jax.jit
     def token_by_token(policy):
         hidden, cache = policy.prefill(tokens[:, :3], mask[:, :3], 7)
-        step, states = policy.decoder(), [hidden]
+        decoder, states = policy.decoder(), [hidden]
         for t in range(3, 7):
-            hidden, cache = step(tokens[:, t], cache)
+            hidden, cache = decoder.step(tokens[:, t], cache)
             states.append(hidden)
         return jnp.stack(states, axis=1)
 
@@ -164,7 +164,8 @@ def test_a_head_in_strips_draws_what_the_plain_head_draws(monkeypatch, tied, len
     key, rollouts = jax.random.key(3), []
     for outputs in (10**6, 64):
         strips_from(monkeypatch, outputs)
-        assert (policy.for_decoding().output.strip > 0) == (outputs == 64)
+        matrix = policy.trunk.embedding if tied else policy.output
+        assert (LaidOut.of(matrix).strip > 0) == (outputs == 64)
         # A function of its own: JAX would reuse what it traced for the other form.
         sample = eqx.filter_jit(lambda policy: generate(policy, batch, key, config=config))
         rollouts.append(sample(policy))
