@@ -58,7 +58,7 @@ bench-peers: $(VENV)/.installed-bench .venv-tunix/.installed .venv-trl/.installe
 mutants: $(VENV)/.installed-mutants
 	$(BIN)/python tests/mutants/run.py --workers $(WORKERS) $(FILES)
 
-lint: $(VENV)/.installed-test
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python

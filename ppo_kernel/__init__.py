@@ -1,52 +1,68 @@
 """PPO post-training of language models as pure JAX functions, composed into one program.
 
-The names below come in the order in which data flows; the familiar trainer is at the end.
+`__all__` has the stages and records in the order in which data flows; the familiar trainer is at
+the end. The namespaces `kl`, `losses`, `advantages`, `models` and `sampling` have the choices that
+a stage takes: `ppo_kernel.kl.k3`, `ppo_kernel.losses.token_mean`.
 """
 
-from .advantages import gae as gae
-from .config import GenerationConfig as GenerationConfig
-from .config import Hyperparams as Hyperparams
-from .config import IterationConfig as IterationConfig
-from .evaluation import ModelReward as ModelReward
-from .evaluation import evaluate as evaluate
-from .iteration import Collected as Collected
-from .iteration import collect as collect
-from .iteration import iteration_keys as iteration_keys
-from .iteration import learn as learn
-from .iteration import ppo_iteration as ppo_iteration
-from .learner.epochs import update as update
-from .learner.state import Learner as Learner
-from .learner.state import TrainState as TrainState
-from .losses import clipped_policy_loss as clipped_policy_loss
-from .losses import clipped_value_loss as clipped_value_loss
-from .losses import fixed_mean as fixed_mean
-from .losses import sequence_mean as sequence_mean
-from .losses import token_mean as token_mean
-from .models import LanguageModel as LanguageModel
-from .models import Transformer as Transformer
-from .models import TransformerConfig as TransformerConfig
-from .models import ValueHead as ValueHead
-from .models import ValueModel as ValueModel
-from .ops.kl import k1 as k1
-from .ops.kl import k2 as k2
-from .ops.kl import k3 as k3
-from .ops.kl import with_gradient_of as with_gradient_of
-from .ops.masked import whiten as whiten
-from .program import CompiledIteration as CompiledIteration
-from .program import compile_iteration as compile_iteration
-from .rewards import adaptive_kl_coef as adaptive_kl_coef
-from .rewards import token_rewards as token_rewards
-from .rollout.generate import generate as generate
-from .sharding import make_mesh as make_mesh
-from .sharding import place as place
-from .trainer.config import PPOConfig as PPOConfig
-from .trainer.ppo import PPOActorCritic as PPOActorCritic
-from .trainer.ppo import PPOBatch as PPOBatch
-from .trainer.ppo import PPOTrainer as PPOTrainer
-from .trainer.pretrained import CausalLM as CausalLM
-from .trainer.pretrained import RewardModel as RewardModel
-from .trainer.text_reward import PythonReward as PythonReward
-from .types import Evaluation as Evaluation
-from .types import Experience as Experience
-from .types import Prompts as Prompts
-from .types import Rollout as Rollout
+from . import advantages as advantages
+from . import losses as losses
+from . import models as models
+from .advantages import gae
+from .config import GenerationConfig, Hyperparams, IterationConfig
+from .evaluation import ModelReward, evaluate
+from .iteration import Collected, collect, iteration_keys, learn, ppo_iteration
+from .learner.epochs import update
+from .learner.state import Learner, TrainState
+from .losses import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    fixed_mean,
+    sequence_mean,
+    token_mean,
+)
+from .models import LanguageModel, Transformer, TransformerConfig, ValueHead, ValueModel
+from .ops import kl as kl
+from .ops import sampling as sampling
+from .ops.kl import k1, k2, k3, with_gradient_of
+from .ops.masked import whiten
+from .program import CompiledIteration, compile_iteration
+from .rewards import adaptive_kl_coef, token_rewards
+from .rollout.generate import generate
+from .sharding import make_mesh, place
+from .trainer.config import PPOConfig
+from .trainer.ppo import PPOActorCritic, PPOBatch, PPOTrainer
+from .trainer.pretrained import CausalLM, RewardModel
+from .trainer.text_reward import PythonReward
+from .types import Evaluation, Experience, Prompts, Rollout
+
+__version__ = "0.1.0"
+
+# In the order of the data, so not sorted; without the namespaces, whose names are those of arrays
+# in many a notebook.
+__all__ = [  # noqa: RUF022
+    # settings and records
+    "GenerationConfig", "IterationConfig", "Hyperparams",
+    "Prompts", "Rollout", "Evaluation", "Experience",
+    # models
+    "TransformerConfig", "Transformer", "LanguageModel", "ValueHead", "ValueModel",
+    # 1: prompts -> rollout
+    "generate",
+    # 2: rollout -> evaluation
+    "evaluate", "ModelReward",
+    # 3: token rewards
+    "token_rewards", "adaptive_kl_coef", "k1", "k2", "k3", "with_gradient_of",
+    # 4: advantages
+    "gae", "whiten",
+    # 5: losses, and the epochs that reduce them
+    "clipped_policy_loss", "clipped_value_loss", "token_mean", "sequence_mean", "fixed_mean",
+    "Learner", "TrainState", "update",
+    # the stages composed
+    "iteration_keys", "Collected", "collect", "learn", "ppo_iteration",
+    "CompiledIteration", "compile_iteration",
+    # placement
+    "make_mesh", "place",
+    # the trainer
+    "PPOConfig", "PPOActorCritic", "PPOBatch", "PPOTrainer",
+    "CausalLM", "RewardModel", "PythonReward",
+]  # fmt: skip

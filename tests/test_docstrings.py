@@ -82,14 +82,19 @@ def definitions(tree, kinds=(ast.FunctionDef, ast.ClassDef)):
 
 
 def exported(path):
-    """(name, path) of what an `__init__.py` re-exports, followed to where it is defined."""
+    """(name, path) of what an `__init__.py` re-exports, followed to where it is defined.
+
+    Modules are left out.
+    """
     for node in parsed(path).body:
         if isinstance(node, ast.ImportFrom):
-            target = path.parent.joinpath(*node.module.split("."))
+            target = path.parent.joinpath(*(node.module or "").split("."))
             package = target / "__init__.py"
-            deeper = dict(exported(package)) if package.exists() else {}
+            deeper = dict(exported(package)) if package.exists() and target != path.parent else {}
             for alias in node.names:
-                yield alias.name, deeper.get(alias.name, target.with_suffix(".py"))
+                place = deeper.get(alias.name, target.with_suffix(".py"))
+                if place.exists() and not (target / f"{alias.name}.py").exists():
+                    yield alias.name, place
 
 
 def public_names():

@@ -3,9 +3,13 @@
 import ast
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+import ppo_kernel
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,3 +96,31 @@ def test_array_stages_use_aliases_but_no_record(part):
     records = {"Prompts", "Rollout", "Evaluation", "Experience"}
     names = {name.split(".")[-1] for name in imported(ROOT / f"ppo_kernel/{part}.py")}
     assert not names & records
+
+
+def test_an_exported_name_hides_no_module_of_the_package():
+    hidden = {name for name in ppo_kernel.__all__ if find_spec(f"ppo_kernel.{name}")}
+    assert not hidden, f"`import ppo_kernel.{min(hidden, default='')}` gives something else"
+    assert len(set(ppo_kernel.__all__)) == len(ppo_kernel.__all__)
+
+
+def test_a_star_import_brings_functions_and_classes_and_no_module():
+    bound = {}
+    exec("from ppo_kernel import *", bound)
+    modules = {name for name, value in bound.items() if isinstance(value, ModuleType)}
+    assert not modules
+
+
+@pytest.mark.parametrize("name", ["kl", "losses", "advantages", "models", "sampling"])
+def test_a_namespace_is_the_module_that_has_its_functions(name):
+    namespace = getattr(ppo_kernel, name)
+    inside = f"ppo_kernel.{name}"
+    assert namespace.__name__ in (inside, f"ppo_kernel.ops.{name}")
+    assert namespace.__name__ == inside or find_spec(inside) is None
+
+
+def test_everything_imported_in_the_package_file_is_exported():
+    tree = ast.parse((ROOT / "ppo_kernel/__init__.py").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    names = {alias.name for node in imports for alias in node.names if alias.asname is None}
+    assert names == set(ppo_kernel.__all__)
