@@ -13,7 +13,7 @@ from ppo_kernel.evaluation import evaluate
 from ppo_kernel.iteration import collect, learn, ppo_iteration
 from ppo_kernel.program import compiler_options
 from ppo_kernel.rollout.generate import generate
-from ppo_kernel.sharding import pin, place
+from ppo_kernel.sharding import at_rest, entered, gather, place
 
 from .cases import Case, even_fraction
 from .recording import memory_mb
@@ -42,7 +42,8 @@ def prepare(name: str, case: Case) -> Stage:
 
     The state is donated as in `compile_iteration`, so a case serves one stage that learns.
     """
-    return STAGES[name](case)
+    with entered(case.mesh):
+        return STAGES[name](case)
 
 
 def _compiled(function: Callable, *arguments, donate: str = "none"):
@@ -65,7 +66,7 @@ def _learning(function: Callable, case: Case, inputs) -> Stage:
 
     def advance(inputs, state):
         state, metrics = function(inputs, state)
-        return pin(case.mesh, "parameter")(state), metrics
+        return at_rest(state), metrics
 
     compiled, facts = _compiled(advance, inputs, case.state, donate="all-except-first")
     holder = [case.state]
@@ -78,10 +79,8 @@ def _learning(function: Callable, case: Case, inputs) -> Stage:
 
 
 def _rollout(case: Case) -> Stage:
-    whole = pin(case.mesh, None)
-
     def run(policy, prompts, key):
-        return generate(whole(policy), prompts, key, config=case.config.generation)
+        return generate(gather(policy), prompts, key, config=case.config.generation)
 
     return _stateless(run, case.state.policy, case.prompts, jax.random.key(0))
 
@@ -91,10 +90,9 @@ def _score(case: Case) -> Stage:
         place(case.state.policy, case.mesh, None), case.prompts, jax.random.key(0),
         config=case.config.generation,
     )  # fmt: skip
-    whole = pin(case.mesh, None)
 
     def run(policy, reference, critic, rollout):
-        models = whole((policy, reference, critic))
+        models = gather((policy, reference, critic))
         return evaluate(*models, rollout, temperature=1.0)
 
     return _stateless(run, case.state.policy, case.reference, case.state.critic, rollout)
@@ -102,7 +100,7 @@ def _score(case: Case) -> Stage:
 
 def _collect(case: Case) -> Stage:
     def run(*arguments):
-        return collect(*arguments, config=case.config, mesh=case.mesh)
+        return collect(*arguments, config=case.config)
 
     return _stateless(run, case.state, case.reference, case.prompts, case.hyperparams)
 
@@ -111,7 +109,7 @@ def learning(case: Case, lengths: np.ndarray | None = None) -> Stage:
     """Stages 3 to 5 on one rollout, cut to these lengths where they are given."""
     collected = eqx.filter_jit(collect)(
         case.state, case.reference, case.prompts, case.hyperparams,
-        config=case.config, mesh=case.mesh,
+        config=case.config,
     )  # fmt: skip
     if lengths is not None:
         slots = jnp.arange(case.size.response)[None]
@@ -123,16 +121,14 @@ def learning(case: Case, lengths: np.ndarray | None = None) -> Stage:
         collected = replace(collected, rollout=rollout)
 
     def run(inputs, state):
-        return learn(state, *inputs, config=case.config, mesh=case.mesh)
+        return learn(state, *inputs, config=case.config)
 
     return _learning(run, case, (collected, even_fraction(collected.rollout), case.hyperparams))
 
 
 def _step(case: Case) -> Stage:
     def run(inputs, state):
-        return ppo_iteration(
-            state, *inputs, reward=even_fraction, config=case.config, mesh=case.mesh
-        )
+        return ppo_iteration(state, *inputs, reward=even_fraction, config=case.config)
 
     return _learning(run, case, (case.reference, case.prompts, case.hyperparams))
 

@@ -21,7 +21,7 @@ from ppo_kernel.iteration import ppo_iteration
 from ppo_kernel.learner.state import Learner
 from ppo_kernel.models import LanguageModel, Transformer, ValueModel
 from ppo_kernel.program import compiler_options
-from ppo_kernel.sharding import pin, sharding_of
+from ppo_kernel.sharding import MESH_AXES, at_rest, entered, shardings
 
 from .cases import even_fraction, model_config, random_prompts, settings
 from .sizes import Size, parse_size
@@ -38,7 +38,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     size = parse_size(flags.shape)
     topology = topologies.get_topology_desc(platform="tpu", topology_name=flags.topology)
-    mesh = Mesh(np.array(topology.devices), ("data",))
+    mesh = Mesh(np.array(topology.devices).reshape(1, -1, 1), MESH_AXES)
     start = time.perf_counter()
     compiled = compile_for(mesh, size, flags.dtype)
     seconds = round(time.perf_counter() - start, 1)
@@ -68,11 +68,12 @@ def compile_for(mesh: Mesh, size: Size, dtype: str) -> jax.stages.Compiled:
 
     def iterate(state, others):
         arguments = eqx.combine([state, *others], static)
-        state, metrics = ppo_iteration(*arguments, reward=even_fraction, config=config, mesh=mesh)
-        return eqx.filter(pin(mesh, "parameter")(state), eqx.is_array), metrics
+        state, metrics = ppo_iteration(*arguments, reward=even_fraction, config=config)
+        return eqx.filter(at_rest(state), eqx.is_array), metrics
 
     jit = jax.jit(iterate, donate_argnums=0, compiler_options=compiler_options(mesh))
-    return jit.lower(state, others).compile()
+    with entered(mesh):
+        return jit.lower(state, others).compile()
 
 
 def _arguments(size: Size, dtype: str):
@@ -94,10 +95,12 @@ def _is_shape(x) -> bool:
 
 
 def _on(mesh: Mesh, tree: PyTree, axis: str) -> PyTree:
-    def placed(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x.shape, mesh, axis))
+    shapes, rest = eqx.partition(tree, _is_shape)
 
-    return jax.tree.map(lambda x: placed(x) if _is_shape(x) else x, tree)
+    def placed(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return eqx.combine(jax.tree.map(placed, shapes, shardings(shapes, mesh, axis)), rest)
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, float]:

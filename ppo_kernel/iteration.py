@@ -6,7 +6,6 @@ import equinox as eqx
 import jax
 import jax.extend
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from .advantages import gae
@@ -21,7 +20,7 @@ from .ops.dtypes import promote_types, upcast
 from .ops.masked import whiten
 from .rewards import adaptive_kl_coef, token_rewards
 from .rollout.generate import generate
-from .sharding import pin, shards
+from .sharding import gather, shard_batch
 from .types import AdvantageEstimator, Evaluation, Experience, Metrics, Prompts, RewardFn, Rollout
 
 
@@ -59,7 +58,6 @@ def collect(
     hyperparams: Hyperparams,
     *,
     config: IterationConfig,
-    mesh: Mesh | None = None,
 ) -> Collected:
     """Stages 1 and 2: sample responses, then reference log-probabilities and values.
 
@@ -69,28 +67,26 @@ def collect(
         prompts: N left-padded prompts.
         hyperparams: temperature, top-p, min-p.
         config: static settings.
-        mesh: its devices share the batch, and keep a part of each model; None for one device.
 
     Returns:
         `Collected` for B = N * samples_per_prompt sequences.
     """
-    pinned, whole = pin(mesh, "batch"), pin(mesh, None)
-    policy = whole(state.policy)
+    policy = gather(state.policy)
     rollout_key, _ = iteration_keys(state)
-    rollout = pinned(
+    rollout = shard_batch(
         generate(
-            policy, pinned(prompts), rollout_key,
+            policy, shard_batch(prompts), rollout_key,
             config=config.generation, temperature=hyperparams.temperature,
-            top_p=hyperparams.top_p, min_p=hyperparams.min_p, queues=shards(mesh, "batch"),
+            top_p=hyperparams.top_p, min_p=hyperparams.min_p,
         )
     )  # fmt: skip
     settings = {"temperature": hyperparams.temperature, "chunk_size": config.logprob_chunk_size}
-    evaluation = evaluate(policy, whole(reference), whole(state.critic), rollout, **settings)
+    evaluation = evaluate(policy, gather(reference), gather(state.critic), rollout, **settings)
     old_logprobs = rollout.logprobs
     if config.recompute_old_logprobs:
         hidden = response_hidden(policy, rollout)
         old_logprobs, _ = response_logprobs(policy, rollout, hidden, **settings)
-    return pinned(Collected(rollout, old_logprobs, evaluation))
+    return shard_batch(Collected(rollout, old_logprobs, evaluation))
 
 
 def learn(
@@ -102,7 +98,6 @@ def learn(
     config: IterationConfig,
     learner: Learner = Learner(),
     advantage_estimator: AdvantageEstimator = gae,
-    mesh: Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Stages 3 to 5: token rewards, advantages, and every epoch of the update.
 
@@ -110,7 +105,7 @@ def learn(
         state: as it was for `collect`.
         collected: from `collect`.
         scores: one a sequence or one a token, reward units.
-        hyperparams, config, learner, advantage_estimator, mesh: as in `ppo_iteration`.
+        hyperparams, config, learner, advantage_estimator: as in `ppo_iteration`.
 
     Returns:
         (state, metrics) of the next iteration.
@@ -118,10 +113,9 @@ def learn(
     Raises:
         ValueError: scores or advantages of a wrong shape; sizes that do not divide.
     """
-    pinned = pin(mesh, "batch")
     rollout, evaluation = collected.rollout, collected.evaluation
     check_shape("scores", scores, rollout.lengths.shape, rollout.tokens.shape)
-    scores = pinned(upcast(scores))
+    scores = shard_batch(upcast(scores))
     log_ratios = collected.old_logprobs - evaluation.reference_logprobs
     kl_coef = current_kl_coef(state, hyperparams)
     rewards = token_rewards(
@@ -147,8 +141,8 @@ def learn(
     )  # fmt: skip
     _, update_key = iteration_keys(state)
     state, update_metrics = update(
-        state, pinned(experience), update_key, hyperparams,
-        config=config, learner=learner, mesh=mesh,
+        state, shard_batch(experience), update_key, hyperparams,
+        config=config, learner=learner,
     )  # fmt: skip
     metrics |= update_metrics | {"kl_coef": kl_coef}
     return _advance(state, metrics, hyperparams, rollout), metrics
@@ -164,7 +158,6 @@ def ppo_iteration(
     config: IterationConfig,
     learner: Learner = Learner(),
     advantage_estimator: AdvantageEstimator = gae,
-    mesh: Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One whole PPO iteration, a pure function: jit it, vmap it, or call `compile_iteration`.
 
@@ -181,7 +174,6 @@ def ppo_iteration(
         config: static settings.
         learner: optimizers and losses.
         advantage_estimator: `gae` or your own, see `types.AdvantageEstimator`.
-        mesh: its devices share the batch, and keep a part of each model; None for one device.
 
     Returns:
         (state, metrics), see the table in docs/metrics.md.
@@ -189,11 +181,11 @@ def ppo_iteration(
     Raises:
         ValueError: the reward cannot be traced or has a wrong shape; sizes that do not divide.
     """
-    collected = collect(state, reference, prompts, hyperparams, config=config, mesh=mesh)
-    scores = _traced_scores(pin(mesh, None)(reward), collected.rollout)
+    collected = collect(state, reference, prompts, hyperparams, config=config)
+    scores = _traced_scores(gather(reward), collected.rollout)
     return learn(
         state, collected, scores, hyperparams,
-        config=config, learner=learner, advantage_estimator=advantage_estimator, mesh=mesh,
+        config=config, learner=learner, advantage_estimator=advantage_estimator,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from .advantages import gae
 from .config import IterationConfig
 from .iteration import collect, learn, ppo_iteration
 from .learner.state import Learner, TrainState
-from .sharding import pin
+from .sharding import at_rest, entered
 from .types import AdvantageEstimator, Prompts
 
 
@@ -47,17 +47,18 @@ def compile_iteration(
     advantage_estimator: AdvantageEstimator = gae,
     mesh: Mesh | None = None,
 ) -> CompiledIteration:
-    """Jit the iteration with donated state and pinned shardings; compiles at the first call.
+    """Jit the iteration with donated state and fixed shardings; compiles at the first call.
 
-    Arguments as in `ppo_iteration`. Arrays must be on the mesh already: see `sharding.place`.
+    Args:
+        config, learner, advantage_estimator: as in `ppo_iteration`.
+        mesh: its devices share the batch, the models and the moments; None for one device. Arrays
+            must be on it already: see `sharding.place`.
 
     Raises:
         ValueError: when called, what `ppo_iteration` raises; a state that was consumed or shares
             arrays with another argument; from `steps`, prompts not stacked.
     """
-    parts = {"config": config, "mesh": mesh}
-    second = parts | {"learner": learner, "advantage_estimator": advantage_estimator}
-    at_rest = pin(mesh, "parameter")
+    second = {"config": config, "learner": learner, "advantage_estimator": advantage_estimator}
 
     # Equinox passes other arguments on to `jax.jit`, which its types do not say.
     filter_jit: Any = eqx.filter_jit
@@ -80,26 +81,33 @@ def compile_iteration(
 
     @jit
     def first_half(state, reference, prompts, hyperparams):
-        return collect(state, reference, prompts, hyperparams, **parts)
+        return collect(state, reference, prompts, hyperparams, config=config)
 
     @jit(donate="all-except-first")
     def second_half(inputs, state):
         state, metrics = learn(state, *inputs, **second)
         return at_rest(state), metrics
 
+    def on_mesh(function: Callable) -> Callable:
+        def call(*arguments):
+            with entered(mesh):
+                return function(*arguments)
+
+        return call
+
     def consuming(function: Callable) -> Callable:
         def call(state, *inputs):
             _check_own(state, inputs)
             return function(inputs, state)
 
-        return call
+        return on_mesh(call)
 
     return CompiledIteration(
         step=consuming(step),
         steps=consuming(steps),
-        collect=first_half,
+        collect=on_mesh(first_half),
         learn=consuming(second_half),
-        lower=lambda state, *inputs: step.lower(inputs, state).lowered,
+        lower=on_mesh(lambda state, *inputs: step.lower(inputs, state).lowered),
     )
 
 

@@ -1,118 +1,99 @@
-"""One table: logical axis -> mesh axis. The only file that knows what a mesh looks like."""
+"""One table: logical axis -> mesh axes. The only file that knows what a mesh looks like.
+
+No pure function takes a mesh. The compiled program enters one (`jax.set_mesh`), and the verbs of
+this file read it where a function is traced; without a mesh they do nothing:
+
+    shard_batch(tree)   cut every array by its leading axis, the sequences
+    gather(tree)        put a copy of every array on each device
+    at_rest(tree)       cut parameters and moments, as they lie between the stages
+    num_shards("batch") how many parts a batch is cut into
+
+`place` is their counterpart outside of a program, where a mesh is an argument.
+"""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from math import prod
 
 import equinox as eqx
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
+from jaxtyping import Array, PyTree
 
-MESH_AXES: dict[str, str | None] = {
-    "batch": "data",  # prompts, sequences, and the sequences of a micro-batch: the leading axis
-    "parameter": "data",  # models and optimizer moments: the first axis that divides
+MESH_AXES = ("data", "fsdp", "tensor")
+
+AXES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),  # prompts, sequences, and the sequences of a micro-batch
+    "sequence": (),
+    "layers": (),
+    "embed": ("fsdp",),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "vocab": ("tensor",),
+    "parameter": ("fsdp",),  # of a parameter that names no axes: the first one that divides
 }
-"""Logical axis -> mesh axis, or None for replicated. A new mesh axis is one row.
+"""Logical axis -> the mesh axes that cut it; none for a whole axis.
 
-A device keeps its part of every model and moment, and steps that part (Rajbhandari et al. 2020,
-sec. 5). A stage gathers the model that it runs, once.
+Along `data` and `fsdp` devices share the batch. Along `fsdp` and `tensor` each keeps its part of
+every model and moment, and steps that part (Rajbhandari et al. 2020, sec. 5,
+https://arxiv.org/abs/1910.02054). A stage gathers the model that it runs, once.
 """
 
 
-def make_mesh(num_devices: int | None = None) -> Mesh:
-    """A mesh with the table's data axis over the first `num_devices`, all by default.
+def make_mesh(num_devices: int | None = None, *, data: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of the first `num_devices`, all by default: what `data` and `tensor` leave is `fsdp`.
 
     Raises:
-        ValueError: more devices are asked for than there are.
+        ValueError: more devices are asked for than there are, or they do not divide.
     """
     devices = jax.devices()
     count = len(devices) if num_devices is None else num_devices
     if not 1 <= count <= len(devices):
         raise ValueError(f"asked for {count} devices, but jax sees {len(devices)}.")
-    return Mesh(np.array(devices[:count]), ("data",))
+    if data < 1 or tensor < 1 or count % (data * tensor):
+        raise ValueError(f"{count} devices do not divide into data={data} * tensor={tensor}.")
+    grid = np.array(devices[:count]).reshape(data, -1, tensor)
+    return Mesh(grid, MESH_AXES)
 
 
-def named_sharding(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
-    """The sharding of an array whose axes have the names `logical_axes`, None for replicated.
+def entered(mesh: Mesh | None) -> AbstractContextManager:
+    """The context in which a program for `mesh` is traced and called; None for one device."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
-    Raises:
-        ValueError: a name is not in the table, or two axes would share a mesh axis.
+
+def shard_batch(tree: PyTree) -> PyTree:
+    """Inside a program: the arrays of `tree` cut by their leading axis, over "batch"."""
+    return _constrain(tree, lambda tree, mesh: _each(tree, mesh, _batch_spec))
+
+
+def gather(tree: PyTree) -> PyTree:
+    """Inside a program: the arrays of `tree`, whole on every device."""
+    return _constrain(tree, lambda tree, mesh: _each(tree, mesh, _whole_spec))
+
+
+def at_rest(tree: PyTree) -> PyTree:
+    """Inside a program: parameters and moments cut as they lie between the stages.
+
+    By the axes that a module names in `logical_axes`, else by the first axis that divides.
     """
-    axes = [None if name is None else _mesh_axis(name) for name in logical_axes]
-    used = [axis for axis in axes if axis is not None]
-    if len(used) != len(set(used)):
-        raise ValueError(f"logical axes {logical_axes} map to {axes}: one mesh axis twice.")
-    # Trailing replicated axes are left out, so that a rank-0 array can be replicated too.
-    while axes and axes[-1] is None:
-        axes.pop()
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    return _constrain(tree, _parameter_specs)
 
 
-def shards(mesh: Mesh | None, logical_axis: str) -> int:
-    """Into how many parts the mesh splits what lies by row `logical_axis`; 1 without a mesh.
-
-    Raises:
-        ValueError: an unknown logical axis, or one whose mesh axis the mesh has not.
-    """
-    axis = _mesh_axis(logical_axis)
-    if mesh is None or axis is None:
-        return 1
-    if axis not in mesh.shape:
-        raise ValueError(
-            f"the mesh has the axes {mesh.axis_names}, but {logical_axis!r} lies along {axis!r}: "
-            "name one so, or change that row of MESH_AXES."
-        )
-    return mesh.shape[axis]
-
-
-def sharding_of(shape: tuple[int, ...], mesh: Mesh, logical_axis: str | None) -> NamedSharding:
-    """How an array lies on the mesh: a batch by its leading axis, others by the first that divides.
-
-    An array of which no axis divides over the devices is replicated, unless it is a batch.
+def num_shards(logical_axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Into how many parts a mesh cuts a logical axis; 1 without a mesh.
 
     Args:
-        shape: of the array.
-        mesh: the devices.
-        logical_axis: the row of the table; None for a copy on every device.
-
-    Returns:
-        The sharding for `jax.device_put` or a constraint.
+        logical_axis: a row of the table.
+        mesh: None for the one that the program has entered.
 
     Raises:
-        ValueError: an unknown logical axis.
+        ValueError: an unknown logical axis, or a mesh without any axis for a batch.
     """
-    if logical_axis is None or logical_axis == "batch":
-        return named_sharding(mesh, logical_axis)
-    count = shards(mesh, logical_axis)
-    dividing = [i for i, size in enumerate(shape) if size and size % count == 0]
-    if count == 1 or not dividing:
-        return named_sharding(mesh)
-    return named_sharding(mesh, *[None] * dividing[0], logical_axis)
-
-
-def pin(mesh: Mesh | None, logical_axis: str | None) -> Callable[[PyTree], PyTree]:
-    """Inside a program: pin every array of a tree to the mesh, as the table says.
-
-    The same constraint acts on CPU devices as on any.
-
-    Args:
-        mesh: None leaves the tree alone.
-        logical_axis: the row of the table; None for a copy on every device.
-
-    Returns:
-        The function from a tree to the pinned tree.
-    """
-    if mesh is None:
-        return lambda tree: tree
-
-    def constrained(x):
-        return jax.lax.with_sharding_constraint(x, sharding_of(x.shape, mesh, logical_axis))
-
-    def apply(tree: PyTree) -> PyTree:
-        arrays, rest = eqx.partition(tree, eqx.is_array)
-        return eqx.combine(jax.tree.map(constrained, arrays), rest)
-
-    return apply
+    mesh = get_abstract_mesh() if mesh is None else mesh
+    return 1 if mesh.empty else prod(mesh.shape[axis] for axis in _mesh_axes(logical_axis, mesh))
 
 
 def place(tree: PyTree, mesh: Mesh | None, logical_axis: str | None) -> PyTree:
@@ -121,31 +102,167 @@ def place(tree: PyTree, mesh: Mesh | None, logical_axis: str | None) -> PyTree:
     Args:
         tree: arrays, and anything else, which stays as it is.
         mesh: None leaves the tree alone.
-        logical_axis: the row of the table; None for a copy on every device.
+        logical_axis: "batch", "parameter", or None for a copy on every device.
 
     Returns:
         The same tree, its arrays on the devices of the mesh.
 
     Raises:
-        ValueError: an unknown logical axis, or a batch that does not divide over the devices of
-            its mesh axis.
+        ValueError: another logical axis, or a batch that does not divide over the devices.
     """
     if mesh is None:
         return tree
     arrays, rest = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jax.device_put(arrays, shardings(arrays, mesh, logical_axis)), rest)
+
+
+def shardings(arrays: PyTree, mesh: Mesh, logical_axis: str | None) -> PyTree[NamedSharding]:
+    """How `place` puts arrays, or what has the shape of arrays, on the mesh.
+
+    Args:
+        arrays: nothing else is in it.
+        mesh: the devices.
+        logical_axis: as in `place`.
+
+    Returns:
+        A sharding per array, in the same tree.
+
+    Raises:
+        ValueError: as `place` does.
+    """
     if logical_axis == "batch":
-        count = shards(mesh, "batch")
+        count = num_shards("batch", mesh)
         for x in jax.tree.leaves(arrays):
             if x.shape[0] % count:
                 raise ValueError(
-                    f"a batch of {x.shape[0]} does not divide over {count} devices of mesh axis "
-                    f"{MESH_AXES['batch']!r}; pass a multiple of {count}."
+                    f"a batch of {x.shape[0]} does not divide over {count} devices, which share it "
+                    f"(mesh axes {AXES['batch']}); pass a multiple of {count}."
                 )
-    shardings = jax.tree.map(lambda x: sharding_of(x.shape, mesh, logical_axis), arrays)
-    return eqx.combine(jax.device_put(arrays, shardings), rest)
+        specs = _each(arrays, mesh, _batch_spec)
+    elif logical_axis == "parameter":
+        specs = _parameter_specs(arrays, mesh)
+    elif logical_axis is None:
+        specs = _each(arrays, mesh, _whole_spec)
+    else:
+        raise ValueError(
+            f"place takes 'batch', 'parameter' or None as logical axis, got {logical_axis!r}."
+        )
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
 
 
-def _mesh_axis(logical_axis: str) -> str | None:
-    if logical_axis not in MESH_AXES:
-        raise ValueError(f"unknown logical axis {logical_axis!r}; known: {sorted(MESH_AXES)}.")
-    return MESH_AXES[logical_axis]
+def partition_spec(mesh: Mesh | AbstractMesh, *logical_axes: str | None) -> PartitionSpec:
+    """How an array lies whose axes have the names `logical_axes`, None for a whole axis.
+
+    Raises:
+        ValueError: a name is not in the table, or two axes would share a mesh axis.
+    """
+    cuts = [() if name is None else _mesh_axes(name, mesh) for name in logical_axes]
+    used = [axis for cut in cuts for axis in cut]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {logical_axes} map to {cuts}: one mesh axis twice.")
+    # Trailing whole axes are left out, so that a rank-0 array has a spec too.
+    while cuts and not cuts[-1]:
+        cuts.pop()
+    return PartitionSpec(*[(cut[0] if len(cut) == 1 else cut) if cut else None for cut in cuts])
+
+
+def _mesh_axes(logical_axis: str, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The axes of this mesh that cut a logical axis; those of one device cut nothing."""
+    if logical_axis not in AXES:
+        raise ValueError(f"unknown logical axis {logical_axis!r}; known: {sorted(AXES)}.")
+    wanted = AXES[logical_axis]
+    if logical_axis == "batch" and not set(wanted) & set(mesh.axis_names):
+        raise ValueError(
+            f"the mesh has the axes {mesh.axis_names}, but a batch lies along {wanted}: name one "
+            "so, or change that row of sharding.AXES."
+        )
+    return tuple(axis for axis in wanted if mesh.shape.get(axis, 1) > 1)
+
+
+def _batch_spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    del shape
+    return partition_spec(mesh, "batch")
+
+
+def _whole_spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    del shape, mesh
+    return PartitionSpec()
+
+
+def _each(tree: PyTree, mesh: Mesh | AbstractMesh, spec: Callable) -> PyTree[PartitionSpec]:
+    return jax.tree.map(lambda x: spec(x.shape, mesh), tree)
+
+
+def _parameter_specs(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree[PartitionSpec]:
+    names = named_axes(tree)
+
+    def spec(path: tuple, x: Array) -> PartitionSpec:
+        axes = names.get(path)
+        if axes is not None:
+            # Layers are stacked along axes of their own, before those that a layer names.
+            axes = (*[None] * (x.ndim - len(axes)), *axes)
+            counts = [1 if name is None else num_shards(name, mesh) for name in axes]
+            if all(size % count == 0 for size, count in zip(x.shape, counts, strict=True)):
+                return partition_spec(mesh, *axes)
+        count = num_shards("parameter", mesh)
+        dividing = [i for i, size in enumerate(x.shape) if size and size % count == 0]
+        if not dividing:
+            return PartitionSpec()
+        return partition_spec(mesh, *[None] * dividing[0], "parameter")
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def named_axes(tree: PyTree) -> dict[tuple, tuple[str | None, ...]]:
+    """Path -> logical axes, of every array whose module names them.
+
+    A module does so by a method `logical_axes() -> {field: names of its last axes}`. Moments and
+    gradients are made of the same modules, so they lie as their parameters do.
+
+    Args:
+        tree: modules, in any containers.
+
+    Returns:
+        Paths as `jax.tree_util.tree_map_with_path` gives them.
+    """
+
+    def names_axes(node: object) -> bool:
+        return hasattr(node, "logical_axes")
+
+    def visit(prefix: tuple, node: PyTree) -> dict[tuple, tuple[str | None, ...]]:
+        found = {}
+        if names_axes(node):
+            own = {jax.tree_util.GetAttrKey(k): axes for k, axes in node.logical_axes().items()}
+            found = {(*prefix, key): axes for key, axes in own.items()}
+        below, _ = jax.tree_util.tree_flatten_with_path(
+            node, is_leaf=lambda x: x is not node and names_axes(x)
+        )
+        for path, part in below:
+            if path and names_axes(part):
+                found |= visit((*prefix, *path), part)
+        return found
+
+    return visit((), tree)
+
+
+def _constrain(tree: PyTree, specs: Callable) -> PyTree:
+    """The arrays of `tree` constrained to `specs(arrays, mesh)` on the mesh that was entered.
+
+    The same constraint acts on CPU devices as on any.
+    """
+    mesh = get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+
+    def constrain(spec: PartitionSpec, x: Array) -> Array:
+        if isinstance(x, Tracer):
+            return jax.lax.with_sharding_constraint(x, spec)
+        # An array that is on one device cannot be constrained, but moved.
+        return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec))
+
+    return eqx.combine(jax.tree.map(constrain, specs(arrays, mesh), arrays, is_leaf=_is_spec), rest)
+
+
+def _is_spec(x: object) -> bool:
+    return isinstance(x, PartitionSpec)

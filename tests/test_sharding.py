@@ -1,14 +1,18 @@
 """The table of axes, that its constraints act on CPU devices, and what a mesh exchanges."""
 
+import functools
 import re
 from collections import Counter
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 from ppo_kernel import sharding
 from ppo_kernel.config import Hyperparams
@@ -18,19 +22,29 @@ from ppo_kernel.program import compile_iteration
 
 
 def test_names_come_from_the_table():
-    mesh = sharding.make_mesh(4)
-    assert sharding.named_sharding(mesh, "batch", None).spec == PartitionSpec("data")
-    assert sharding.named_sharding(mesh, None, "parameter").spec == PartitionSpec(None, "data")
-    assert sharding.named_sharding(mesh).spec == PartitionSpec()
+    mesh = sharding.make_mesh(8, data=2, tensor=2)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    spec = functools.partial(sharding.partition_spec, mesh)
+    assert spec("batch", "sequence") == PartitionSpec(("data", "fsdp"))
+    assert spec("vocab", "embed") == PartitionSpec("tensor", "fsdp")
+    assert spec(None, "parameter") == PartitionSpec(None, "fsdp")
+    assert spec() == PartitionSpec()
     with pytest.raises(ValueError, match="unknown logical axis 'bacth'"):
-        sharding.named_sharding(mesh, "bacth")
+        spec("bacth")
     with pytest.raises(ValueError, match="one mesh axis twice"):
-        sharding.named_sharding(mesh, "batch", "batch")
+        spec("batch", "embed")
     with pytest.raises(ValueError, match="asked for 9 devices"):
         sharding.make_mesh(9)
+    with pytest.raises(ValueError, match="8 devices do not divide into data=3"):
+        sharding.make_mesh(8, data=3)
     rows = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("rows",))
-    with pytest.raises(ValueError, match=r"axes \('rows',\), but 'batch' lies along 'data'"):
+    with pytest.raises(ValueError, match=r"axes \('rows',\), but a batch lies along"):
         sharding.place(jnp.zeros(2), rows, "batch")
+
+
+def test_every_row_of_the_table_names_axes_that_a_mesh_has():
+    assert {axis for row in sharding.AXES.values() for axis in row} == set(sharding.MESH_AXES)
+    assert set(sharding.make_mesh(8).axis_names) == set(sharding.MESH_AXES)
 
 
 def test_a_batch_is_split_by_its_leading_axis():
@@ -50,21 +64,55 @@ def test_parameters_are_split_along_the_first_axis_that_divides():
     placed = sharding.place(arrays, mesh, "parameter")
     assert [x.addressable_shards[0].data.shape for x in placed] == list(parts.values())
     assert all(x.sharding.is_fully_replicated for x in sharding.place(placed, mesh, None))
-    with pytest.raises(ValueError, match="unknown logical axis 'paramter'"):
+    with pytest.raises(ValueError, match="or None as logical axis, got 'paramter'"):
         sharding.place(arrays, mesh, "paramter")
 
 
-def test_pins_act_inside_a_program():
+class Matrix(eqx.Module):
+    """A model that names the axes of its parameter."""
+
+    weight: Float[Array, "*layers in out"]
+
+    def logical_axes(self):
+        return {"weight": ("embed", "mlp")}
+
+
+def test_a_parameter_lies_along_the_axes_that_its_module_names():
+    mesh = sharding.make_mesh(8, tensor=2)
+    models = {"a": Matrix(jnp.zeros((8, 12, 6))), "odd": [Matrix(jnp.zeros((16, 6, 6)))]}
+    moments = optax.scale_by_adam().init(models)
+    for tree in (models, moments.mu, eqx.filter(models, eqx.is_inexact_array)):
+        placed = sharding.place(tree, mesh, "parameter")
+        # Layers are stacked before the axes that are named.
+        assert placed["a"].weight.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+        # 6 does not divide over 4 devices, so the first axis that does takes its place.
+        assert placed["odd"][0].weight.sharding.spec == PartitionSpec("fsdp")
+
+
+def test_the_verbs_act_inside_a_program_that_entered_a_mesh():
     mesh = sharding.make_mesh(8)
 
-    def pinned(axis, x):
-        return jax.jit(lambda x: sharding.pin(mesh, axis)(2 * x))(x)
+    def result(verb, x):
+        with sharding.entered(mesh):
+            return jax.jit(lambda x: verb(2 * x))(x)
 
-    batch = pinned("batch", jnp.zeros((16, 2)))
-    assert batch.sharding.spec == PartitionSpec("data")
-    assert pinned(None, batch).sharding.is_fully_replicated
-    assert pinned("parameter", jnp.zeros((3, 8))).sharding.spec == PartitionSpec(None, "data")
-    assert sharding.pin(None, "batch")("anything") == "anything"
+    batch = result(sharding.shard_batch, jnp.zeros((16, 2)))
+    assert batch.sharding.spec == PartitionSpec("fsdp")
+    assert result(sharding.gather, batch).sharding.is_fully_replicated
+    assert result(sharding.at_rest, jnp.zeros((3, 8))).sharding.spec == PartitionSpec(None, "fsdp")
+    with sharding.entered(mesh):
+        assert sharding.num_shards("batch") == 8
+        # Outside of jit too, from wherever an array is.
+        assert sharding.shard_batch(jnp.zeros((16, 2))).sharding.spec == PartitionSpec("fsdp")
+
+
+def test_the_verbs_do_nothing_without_a_mesh():
+    tree = {"x": jnp.zeros((3, 2)), "y": "kept"}
+    for verb in (sharding.shard_batch, sharding.gather, sharding.at_rest):
+        assert verb(tree) is tree
+    assert sharding.num_shards("batch") == 1
+    with sharding.entered(None):
+        assert sharding.num_shards("batch") == 1
 
 
 def test_moments_lie_as_the_models_do_from_the_start():

@@ -6,12 +6,11 @@ from functools import partial
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..config import Hyperparams, IterationConfig
 from ..models.heads import ValueHead
-from ..sharding import pin
+from ..sharding import gather, shard_batch
 from ..types import Experience, Metrics
 from .gradient import minibatch_gradients
 from .optimizer import optimizer_step
@@ -61,7 +60,6 @@ def update(
     *,
     config: IterationConfig,
     learner: Learner = Learner(),
-    mesh: Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
     """All optimizer steps of one iteration.
 
@@ -81,7 +79,6 @@ def update(
         hyperparams: traced.
         config: epochs, minibatches, micro-batch size, reduction, KL in the loss.
         learner: optimizers and losses.
-        mesh: its devices share the sequences, and the optimizer's work; None for one device.
 
     Returns:
         (state, metrics): the iteration counter and `kl_coef` are left to the caller; metrics
@@ -103,13 +100,13 @@ def update(
     passes = (("actor", "critic"),) if shared else (("actor",), ("critic",))
 
     def one_step(carry, rows: Int[Array, " M"]):
-        minibatch = pin(mesh, "batch")(jax.tree.map(lambda x: x[rows], experience))
+        minibatch = shard_batch(jax.tree.map(lambda x: x[rows], experience))
 
         def step(carry, sides: tuple[str, ...]):
             models, optimizer_states = carry
             gradients, sums = minibatch_gradients(
-                pin(mesh, None)(models), static, sides, minibatch, hyperparams, kl_coef,
-                config=config, learner=learner, mesh=mesh,
+                gather(models), static, sides, minibatch, hyperparams, kl_coef,
+                config=config, learner=learner,
             )  # fmt: skip
             return optimizer_step(models, optimizer_states, gradients, sums, hyperparams, learner)
 

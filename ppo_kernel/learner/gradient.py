@@ -5,7 +5,6 @@ from functools import cache
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ..config import Hyperparams, IterationConfig
@@ -15,7 +14,7 @@ from ..ops.checks import check_shape
 from ..ops.dtypes import upcast_tree
 from ..ops.kl import is_clamped, k3
 from ..ops.masked import masked_sum
-from ..sharding import pin
+from ..sharding import at_rest, gather, shard_batch
 from ..types import Experience
 from .state import Learner
 
@@ -30,7 +29,6 @@ def minibatch_gradients(
     *,
     config: IterationConfig,
     learner: Learner,
-    mesh: Mesh | None,
 ) -> tuple[dict[str, PyTree], dict[str, Float[Array, ""]]]:
     """Gradients of the loss of a minibatch, one micro-batch after the other.
 
@@ -41,7 +39,7 @@ def minibatch_gradients(
         models, static: parameters of "actor" and "critic", and what else the two are made of.
         sides: whose loss, and whose gradients: one of them, or both.
         minibatch: M sequences.
-        hyperparams, config, learner, mesh: as in `update`.
+        hyperparams, config, learner: as in `update`.
         kl_coef: weight of the KL in the loss.
 
     Returns:
@@ -72,9 +70,9 @@ def minibatch_gradients(
     trained = {side: models[side] for side in sides}
 
     def whole_width(part):
-        gradients, sums = jax.grad(loss, has_aux=True)(trained, pin(mesh, "batch")(part))
-        # Pinned twice, so that the split of parameters does not spread into the backward pass.
-        return upcast_tree(pin(mesh, "parameter")(pin(mesh, None)(gradients))), sums
+        gradients, sums = jax.grad(loss, has_aux=True)(trained, shard_batch(part))
+        # Constrained twice, so that the split of parameters does not spread into the backward pass.
+        return upcast_tree(at_rest(gather(gradients))), sums
 
     def backward(part):
         widths = [w for w in config.response_widths if w < weights.shape[1]]

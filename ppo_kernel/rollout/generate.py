@@ -7,9 +7,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ..config import GenerationConfig
 from ..models.protocol import Cache, Policy
 from ..ops.checks import FRACTION, POSITIVE, SHARE, check_shape, check_whole
+=======
+from ..models.protocol import Cache, DecodingPolicy, GrowingPolicy, Policy
+from ..ops.checks import FRACTION, POSITIVE, SHARE, check_shape
+>>>>>>> 7241d1d (Placement is ambient: no pure function takes a mesh)
 from ..ops.dtypes import upcast
 from ..ops.logprobs import token_logprobs
 from ..ops.sampling import ban_tokens, restrict_logits, sample_tokens, sampling_noise
+from ..sharding import num_shards
 from ..types import Prompts, Rollout, Scalar
 from .lockstep import Drawn, decode_batch
 from .slots import decode_queue
@@ -25,7 +30,6 @@ def generate(
     top_p: Scalar | None = None,
     min_p: Scalar | None = None,
     noise: Float[Array, "B T 2"] | None = None,
-    queues: int = 1,
 ) -> Rollout:
     """Sample responses from the policy.
 
@@ -46,7 +50,6 @@ def generate(
         temperature: > 0.
         top_p, min_p: see `restrict_logits`; they restrict sampling only.
         noise: uniforms in [0, 1) to use instead of those of `key` (as an oracle does).
-        queues: equal parts of the batch that share no decode slots: the devices of its mesh axis.
 
     Returns:
         A `Rollout` of B = N * G sequences and T = `config.max_new_tokens` response slots.
@@ -54,14 +57,13 @@ def generate(
     Raises:
         ValueError: prompts or `noise` of a wrong shape or type, a number out of its range, an EOS
             id outside the vocabulary, `min_new_tokens` bans all of it, or slots and prompts do not
-            divide over the queues.
+            divide over the devices.
     """
     _check_prompts(prompts)
     POSITIVE.check("temperature", temperature)
     for name, value, limits in (("top_p", top_p, SHARE), ("min_p", min_p, FRACTION)):
         if value is not None:
             limits.check(name, value)
-    check_whole("queues", queues)
     samples, length = config.samples_per_prompt, config.max_new_tokens
     rows, width = prompts.tokens.shape[0] * samples, prompts.tokens.shape[1]
     first_ids, offsets = prompts.sample_ids * samples, jnp.arange(samples, dtype=jnp.int32)
@@ -85,7 +87,9 @@ def generate(
     if config.decode_slots is None or config.decode_slots >= rows:
         written = decode_batch(*parts, config=config, grow=decoder.grow)
     else:
+<<<<<<< HEAD
         written = decode_queue(*parts, config=config, grow=decoder.grow, queues=queues)
+from ..ops.checks import FRACTION, POSITIVE, SHARE, check_shape
     tokens, mask, logprobs, behaviour_logprobs = written
     return Rollout(
         prompt_tokens=_repeat(prompts.tokens, samples),

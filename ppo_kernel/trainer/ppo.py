@@ -17,7 +17,7 @@ from ..io.checkpoint import load_checkpoint, save_checkpoint
 from ..learner.state import Learner
 from ..models.heads import LanguageModel, ValueModel
 from ..program import CompiledIteration, compile_iteration
-from ..sharding import make_mesh, place, shards
+from ..sharding import make_mesh, num_shards, place
 from ..types import AdvantageEstimator, Prompts, RewardFn
 from .config import PPOConfig
 from .pretrained import CausalLM, RewardModel
@@ -176,7 +176,7 @@ class PPOTrainer:
         if mesh is None and jax.device_count() > 1:
             mesh = make_mesh()
         self.config, self.mesh = config, mesh
-        self.num_devices = shards(mesh, "batch")
+        self.num_devices = 1 if mesh is None else num_shards("batch", mesh)
         _check_same(config, actor_critic_model.config)
         check_devices(config, self.num_devices)
         self.policy_model = actor_critic_model.policy_model

@@ -12,6 +12,7 @@ from test_program import STEPS, CountingPolicy, assert_written_in_place, decode_
 from ppo_kernel.config import GenerationConfig, Hyperparams
 from ppo_kernel.iteration import collect
 from ppo_kernel.models import kv_cache
+from ppo_kernel.rollout import generate as generate_module
 from ppo_kernel.rollout.generate import generate
 from ppo_kernel.rollout.slots import refill_size
 from ppo_kernel.sharding import make_mesh, place
@@ -44,14 +45,14 @@ CASES = {
 """Name -> (settings, slots, what is traced)."""
 
 
-def both(policy, batch, settings, slots, traced, **queues):
+def both(policy, batch, settings, slots, traced):
     """Rollouts of the whole batch in step, and through the slots."""
     settings = {"eos_token_ids": (tiny.EOS,)} | settings
     return (
         GENERATE(policy, batch, KEY, config=GenerationConfig(**settings), **traced),
         GENERATE(
             policy, batch, KEY,
-            config=GenerationConfig(**settings, decode_slots=slots), **traced, **queues,
+            config=GenerationConfig(**settings, decode_slots=slots), **traced,
         ),
     )  # fmt: skip
 
@@ -76,7 +77,8 @@ def test_slots_change_nothing(policy, name, float64):
 @pytest.mark.parametrize("queues", [2, 4])
 def test_queues_change_nothing(queues, float64):
     settings, policy = {"max_new_tokens": 9, "samples_per_prompt": 2}, tiny.language_model()
-    expected, rollout = both(policy, tiny.prompts(LENGTHS[:20]), settings, 8, {}, queues=queues)
+    with jax.set_mesh(make_mesh(queues)):
+        expected, rollout = both(policy, tiny.prompts(LENGTHS[:20]), settings, 8, {})
     assert_same(rollout, expected)
 
 
@@ -154,12 +156,14 @@ class ReadingPolicy(tiny.RecurrentPolicy):
 
 
 @pytest.mark.parametrize(("queues", "most"), [(1, 5), (2, 6)])
-def test_prompts_are_read_as_many_at_a_time_as_there_are_slots(queues, most):
+def test_prompts_are_read_as_many_at_a_time_as_there_are_slots(queues, most, monkeypatch):
     """40 prompts, 8 slots: five reads, and hardly more where queues go at different speeds."""
     READS.clear()
     policy, batch = ReadingPolicy(KEY), tiny.prompts(LENGTHS[:20] * 2)
     config = GenerationConfig(max_new_tokens=30, eos_token_ids=(1, 2, 3), decode_slots=8)
-    GENERATE(policy, batch, KEY, config=config, queues=queues)
+    # On one device, where a callback counts once.
+    monkeypatch.setattr(generate_module, "num_shards", lambda axis: queues)
+    eqx.filter_jit(generate)(policy, batch, KEY, config=config)
     jax.effects_barrier()
     reads = [rows for rows in READS if rows == 8]
     assert 5 <= len(reads) <= most, READS
@@ -217,8 +221,9 @@ def test_a_device_keeps_to_its_own_queue(float64):
         place(batch, mesh, "batch"),
         place(hyperparams, mesh, "parameter"),
     )
-    compiled = run.lower(*inputs, config=config, mesh=mesh).compile()
-    assert_same(compiled(*inputs, config=config, mesh=mesh).rollout, expected.rollout)
+    with jax.set_mesh(mesh):
+        compiled = run.lower(*inputs, config=config).compile()
+        assert_same(compiled(*inputs, config=config).rollout, expected.rollout)
     loops = "\n".join(loop_bodies(compiled.compiled.as_text()))
     collectives = re.findall(r" = (.*) (all-\w+|collective-\w+|reduce-scatter)\S*\(", loops)
     # Only whether to go on is asked of all.
@@ -235,8 +240,14 @@ def test_slots_that_do_not_divide_are_refused():
         GenerationConfig(max_new_tokens=2, samples_per_prompt=2, decode_slots=3)
     policy, key = tiny.language_model(), KEY
     config = tiny.generation(samples_per_prompt=2, decode_slots=6)
-    with pytest.raises(ValueError, match=r"decode_slots=6 must be a multiple of .*=2 \* 2 queues"):
-        generate(policy, tiny.prompts(), key, config=config, queues=2)
+    with (
+        jax.set_mesh(make_mesh(2)),
+        pytest.raises(ValueError, match=r"decode_slots=6 must be a multiple of .*=2 \* 2 queues"),
+    ):
+        generate(policy, tiny.prompts(), key, config=config)
     config = tiny.generation(decode_slots=6)
-    with pytest.raises(ValueError, match="the 8 prompts a multiple of 3"):
-        generate(policy, tiny.prompts(), key, config=config, queues=3)
+    with (
+        jax.set_mesh(make_mesh(3)),
+        pytest.raises(ValueError, match="the 8 prompts a multiple of 3"),
+    ):
+        generate(policy, tiny.prompts(), key, config=config)
