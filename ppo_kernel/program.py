@@ -54,6 +54,9 @@ def compile_iteration(
         mesh: its devices share the batch, the models and the moments; None for one device. Arrays
             must be on it already: see `sharding.place`.
 
+    Returns:
+        The compiled functions; each compiles at its first call.
+
     Raises:
         ValueError: when called, what `ppo_iteration` raises; a state that was consumed or shares
             arrays with another argument; from `steps`, prompts not stacked.

@@ -65,7 +65,7 @@ def entered(mesh: Mesh | None) -> AbstractContextManager:
 
 
 def shard_batch(tree: PyTree) -> PyTree:
-    """Inside a program: the arrays of `tree` cut by their leading axis, over "batch"."""
+    """Inside a program: the arrays of `tree` cut by their leading axis, the sequences."""
     return _constrain(tree, lambda tree, mesh: _each(tree, mesh, _batch_spec))
 
 
@@ -78,6 +78,12 @@ def at_rest(tree: PyTree) -> PyTree:
     """Inside a program: parameters and moments cut as they lie between the stages.
 
     By the axes that a module names in `logical_axes`, else by the first axis that divides.
+
+    Args:
+        tree: models, moments or gradients.
+
+    Returns:
+        The same tree; without a mesh the very same.
     """
     return _constrain(tree, _parameter_specs)
 
@@ -88,6 +94,9 @@ def num_shards(logical_axis: str, mesh: Mesh | AbstractMesh | None = None) -> in
     Args:
         logical_axis: a row of the table.
         mesh: None for the one that the program has entered.
+
+    Returns:
+        The product of the sizes of the mesh axes that cut it.
 
     Raises:
         ValueError: an unknown logical axis, or a mesh without any axis for a batch.
@@ -196,7 +205,7 @@ def _each(tree: PyTree, mesh: Mesh | AbstractMesh, spec: Callable) -> PyTree[Par
 def _parameter_specs(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree[PartitionSpec]:
     names = named_axes(tree)
 
-    def spec(path: tuple, x: Array) -> PartitionSpec:
+    def spec(path: tuple, x: Array | jax.ShapeDtypeStruct) -> PartitionSpec:
         axes = names.get(path)
         if axes is not None:
             # Layers are stacked along axes of their own, before those that a layer names.

@@ -6,11 +6,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..config import GenerationConfig
 from ..models.protocol import Cache, Policy
-from ..ops.checks import FRACTION, POSITIVE, SHARE, check_shape, check_whole
-=======
-from ..models.protocol import Cache, DecodingPolicy, GrowingPolicy, Policy
 from ..ops.checks import FRACTION, POSITIVE, SHARE, check_shape
->>>>>>> 7241d1d (Placement is ambient: no pure function takes a mesh)
 from ..ops.dtypes import upcast
 from ..ops.logprobs import token_logprobs
 from ..ops.sampling import ban_tokens, restrict_logits, sample_tokens, sampling_noise
@@ -87,9 +83,8 @@ def generate(
     if config.decode_slots is None or config.decode_slots >= rows:
         written = decode_batch(*parts, config=config, grow=decoder.grow)
     else:
-<<<<<<< HEAD
+        queues = num_shards("batch")
         written = decode_queue(*parts, config=config, grow=decoder.grow, queues=queues)
-from ..ops.checks import FRACTION, POSITIVE, SHARE, check_shape
     tokens, mask, logprobs, behaviour_logprobs = written
     return Rollout(
         prompt_tokens=_repeat(prompts.tokens, samples),

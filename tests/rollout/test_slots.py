@@ -163,7 +163,7 @@ def test_prompts_are_read_as_many_at_a_time_as_there_are_slots(queues, most, mon
     config = GenerationConfig(max_new_tokens=30, eos_token_ids=(1, 2, 3), decode_slots=8)
     # On one device, where a callback counts once.
     monkeypatch.setattr(generate_module, "num_shards", lambda axis: queues)
-    eqx.filter_jit(generate)(policy, batch, KEY, config=config)
+    eqx.filter_jit(lambda *inputs: generate(*inputs, config=config))(policy, batch, KEY)
     jax.effects_barrier()
     reads = [rows for rows in READS if rows == 8]
     assert 5 <= len(reads) <= most, READS
