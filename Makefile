@@ -27,7 +27,7 @@ test: $(VENV)/.installed-$(EXTRAS)
 bench: $(VENV)/.installed-bench
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest bench --quiet --benchmark-json=$(RESULTS) --benchmark-columns=median,min,rounds
-	$(BIN)/python -m bench.report $(RESULTS) .benchmarks/bench.png
+	$(BIN)/python -m bench.report run $(RESULTS) .benchmarks/bench.png
 
 # Each benchmark as a ratio to a calibration kernel, against the saved ratios.
 bench-check: bench

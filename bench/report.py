@@ -1,4 +1,8 @@
-"""A pytest-benchmark JSON file as a table and a plot: `python -m bench.report FILE PLOT`."""
+"""Measurements as tables.
+
+`python -m bench.report run FILE PLOT`: a pytest-benchmark JSON file as tables and a plot.
+`python -m bench.report history [NAME ...]`: what was measured before, in `bench/history`.
+"""
 
 import argparse
 import json
@@ -7,6 +11,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 matplotlib.use("Agg")
@@ -21,6 +26,10 @@ COLUMNS = {
     "temporary_mb": "{:,.1f} MB",
 }
 """Column -> format; docs/benchmarks.md defines each."""
+
+HISTORY = Path(__file__).parent / "history"
+FIELDS = ("size", "machine", "measure", "values", "unit", "date", "note")
+"""Of one measurement in `HISTORY`. Several values are runs, or what the note or measure says."""
 
 
 def read(path: Path) -> list[dict]:
@@ -53,6 +62,18 @@ def print_tables(rows: list[dict], console: Console) -> None:
         console.print(table)
 
 
+def print_history(name: str, console: Console) -> None:
+    """The measurements of one file, one line each, by size and measure."""
+    rows = json.loads((HISTORY / f"{name}.json").read_text())
+    table = Table(title=name)
+    for field in FIELDS:
+        table.add_column(field, overflow="fold")
+    for row in sorted(rows, key=lambda row: (row["size"], row["measure"])):
+        cells = {**row, "values": ", ".join(f"{value:,}" for value in row["values"])}
+        table.add_row(*(escape(cells[field]) for field in FIELDS))
+    console.print(table)
+
+
 def plot(rows: list[dict], path: Path) -> None:
     """Median times, and fractions of the roofline, one row of axes a group."""
     groups = list(dict.fromkeys(row["group"] for row in rows))
@@ -78,11 +99,21 @@ def _cell(value: float | None, form: str) -> str:
 def main() -> None:
     """Parse the flags, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("plot", type=Path)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("results", type=Path)
+    run.add_argument("plot", type=Path)
+    known = sorted(path.stem for path in HISTORY.glob("*.json"))
+    history = commands.add_parser("history")
+    history.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
     flags = parser.parse_args()
+    console = Console(width=150)
+    if flags.command == "history":
+        for name in flags.names or known:
+            print_history(name, console)
+        return
     rows = read(flags.results)
-    print_tables(rows, Console(width=150))
+    print_tables(rows, console)
     plot(rows, flags.plot)
     print(f"Plot: {flags.plot}")
 

@@ -1,5 +1,6 @@
 """What the benchmarks' figures rest on: FLOPs, exponents, verdicts, and facts of a program."""
 
+import io
 import json
 import math
 
@@ -7,8 +8,9 @@ import equinox as eqx
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
-from bench import regression, topology
+from bench import regression, report, topology
 from bench.cases import build, even_fraction
 from bench.scaling import exponents
 from bench.sizes import parse_size
@@ -171,3 +173,15 @@ def test_facts_of_a_program_for_a_mesh():
     assert whole / 8 <= sizes.argument_size_in_bytes <= 1.05 * whole / 8
     with pytest.raises(ValueError, match="does not divide over 8 devices"):
         topology.compile_for(mesh, parse_size("tiny,batch=12"), "float32")
+
+
+@pytest.mark.parametrize("path", sorted(report.HISTORY.glob("*.json")), ids=lambda path: path.stem)
+def test_every_measurement_of_the_history_can_be_printed(path):
+    rows = json.loads(path.read_text())
+    for row in rows:
+        assert tuple(row) == report.FIELDS
+        assert row["values"], row
+    console = Console(record=True, width=300, file=io.StringIO())
+    report.print_history(path.stem, console)
+    printed = console.export_text()
+    assert all(f"{value:,}" in printed for row in rows for value in row["values"])
