@@ -30,7 +30,7 @@ NAMES = {
     "argmax": "argmin", "zeros": "ones", "ones": "zeros", "zeros_like": "ones_like",
     "expm1": "exp", "square": "abs",
 }  # fmt: skip
-DROPPED = ("stop_gradient", "upcast", "clamp_log_ratio", "clean", "flip", "wide")
+DROPPED = ("stop_gradient", "upcast", "clamp_log_ratio", "clean", "flip", "upcast_tree")
 
 
 class OwnOperator(Operator):

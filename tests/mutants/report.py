@@ -1,17 +1,25 @@
-"""The score: printed, and kept in docs/mutants.md."""
+"""The score: printed, and kept in docs/mutants_results.md."""
 
 import tomllib
 from collections import Counter
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from selection import CHECKS
+
 GOAL = 0.95
 PLACE = ("file", "function", "before", "after")
-START, END = "<!-- results: written by `make mutants` -->", "<!-- end of results -->"
+COLUMNS = ("file", "mutants", "caught", "equivalent", "survived", "judged")
+HEAD = """# The mutation score
+
+Written by `make mutants`; [mutants.md](mutants.md) says how. A run replaces the rows of its files.
+The reason for each equivalent mutant stands in `tests/mutants/equivalent.toml`.
+"""
 
 
-def write(root: Path, mutants, results, *, complete: bool) -> int:
-    """Prints the score; a complete run also writes it down. The exit status is 1 below the goal."""
+def write(root: Path, mutants, results) -> int:
+    """Prints the score and writes it down. The exit status is 1 below the goal."""
     listed = tomllib.loads((root / "tests/mutants/equivalent.toml").read_text())["equivalent"]
     reasons = {tuple(entry[name] for name in PLACE): entry["reason"] for entry in listed}
     survivors = [m for m in mutants if results.of(m)["outcome"] == "survived"]
@@ -21,42 +29,46 @@ def write(root: Path, mutants, results, *, complete: bool) -> int:
     stale = {p for p in reasons if p[0] in files} - {m.place for m in equivalent}
     counted = len(mutants) - len(equivalent)
     score = 1 - len(unexplained) / counted
+    rows = counts(files, mutants, equivalent, unexplained)
     total = f"{counted - len(unexplained)} of {counted} caught ({score:.1%})"
     total += f", {len(equivalent)} equivalent and not counted."
-    parts = [total, table(files, mutants, equivalent, unexplained)]
-    if unexplained:
-        parts += ["Survivors:", "```diff\n" + "\n".join(map(diff, unexplained)) + "\n```"]
-    print("\n\n".join(["", *parts]))
+    print("\n\n".join(["", total, table(rows.values()), *map(diff, unexplained)]))
     for entry in sorted(stale):
         print("Stale in equivalent.toml, no such survivor:", *entry, sep="\n  ")
-    if complete:
-        parts += [f"Equivalent ({len(equivalent)}):", *(explained(m, reasons) for m in equivalent)]
-        record(root / "docs/mutants.md", "\n\n".join([versions(), *parts]))
+    record(root / "docs/mutants_results.md", rows)
     return int(score < GOAL or bool(stale))
 
 
-def table(files, mutants, equivalent, unexplained) -> str:
-    counts = [Counter(m.file for m in group) for group in (mutants, equivalent, unexplained)]
-    rows = ["| file | mutants | caught | equivalent | survived |", "|---|--:|--:|--:|--:|"]
+def counts(files, mutants, equivalent, unexplained) -> dict[str, tuple[str, ...]]:
+    """File -> its row of `COLUMNS`."""
+    sums = [Counter(m.file for m in group) for group in (mutants, equivalent, unexplained)]
+    rows, day = {}, f"{datetime.now(UTC):%Y-%m-%d}"
     for file in files:
-        total, same, survived = (count[file] for count in counts)
-        rows.append(f"| `{file}` | {total} | {total - same - survived} | {same} | {survived} |")
-    return "\n".join(rows)
+        total, same, survived = (group[file] for group in sums)
+        caught = total - same - survived
+        rows[file] = (f"`{file}`", str(total), str(caught), str(same), str(survived), day)
+    return rows
+
+
+def table(rows) -> str:
+    lines = [COLUMNS, ("---", *["--:"] * 4, "---"), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def record(path: Path, rows: dict[str, tuple[str, ...]]):
+    """The rows that `path` has of other files stay; those of files that are gone go."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    cells = [tuple(line.strip("| ").split(" | ")) for line in lines if line.startswith("| `")]
+    every = {row[0].strip("`"): row for row in cells} | rows
+    ordered = [every[file] for file in CHECKS if file in every]
+    text = f"{HEAD}\n{table(ordered)}\n\n{versions()}\n"
+    path.write_text(text, encoding="utf-8")
 
 
 def diff(mutant) -> str:
     return f"@@ {mutant.file}:{mutant.line} {mutant.function}\n- {mutant.before}\n+ {mutant.after}"
 
 
-def explained(mutant, reasons) -> str:
-    return f"```diff\n{diff(mutant)}\n```\n{reasons[mutant.place]}"
-
-
 def versions() -> str:
     names = ("cosmic-ray", "jax", "hypothesis", "pytest")
-    return "With " + ", ".join(f"{name} {version(name)}" for name in names) + "."
-
-
-def record(path: Path, text: str):
-    before, rest = path.read_text(encoding="utf-8").split(START)
-    path.write_text(f"{before}{START}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    return "The last run: " + ", ".join(f"{name} {version(name)}" for name in names) + "."
