@@ -24,8 +24,10 @@ def gae(
         A_t     = delta_t + gamma * lam * A_next(t),      returns_t = A_t + V_t
 
     next(t) is the next *valid* token, so the recursion carries through holes in the mask; after
-    the last one V_next is the bootstrap value and A_next is 0. Source: Schulman et al. 2016,
-    eqs. 11 and 16; there the rewards index starts at the action, as here.
+    the last one V_next is the bootstrap value and A_next is 0.
+
+    Source: Schulman et al. 2016, eqs. 11 and 16, https://arxiv.org/abs/1506.02438; there the
+    rewards index starts at the action, as here.
 
     Args:
         rewards: a token, reward units; ignored where `mask` is false.

@@ -23,8 +23,9 @@ def clipped_policy_loss(
         loss = max(-A rho, -A clip(rho, 1 - low, 1 + high))
         with dual_clip c:  loss = min(loss, -c A) where A < 0
 
-    Sources: Schulman et al. 2017, eq. 7; separate bounds: Yu et al. 2025 (DAPO), eq. 10; dual
-    clip: Ye et al. 2020, eq. 5. The log-ratio is clamped to +-20 before exp.
+    Sources: Schulman et al. 2017, eq. 7, https://arxiv.org/abs/1707.06347; separate bounds:
+    Yu et al. 2025 (DAPO), eq. 10, https://arxiv.org/abs/2503.14476; dual clip: Ye et al.
+    2020, eq. 5, https://arxiv.org/abs/1912.09729. The log-ratio is clamped to +-20 before exp.
 
     Args:
         logprobs: of the taken tokens under the policy that is trained, nats.
@@ -80,8 +81,10 @@ def clipped_value_loss(
 
         loss = max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2) / 2
 
-    Source: Schulman et al. 2017, eq. 9, with the clip of the OpenAI baselines (Huang et al. 2022,
-    "The 37 Implementation Details of PPO", detail 9). None for `value_clip` leaves (V - R)^2 / 2.
+    Sources: Schulman et al. 2017, eq. 9, https://arxiv.org/abs/1707.06347, with the clip of the
+    OpenAI baselines (Huang et al. 2022, "The 37 Implementation Details of PPO", detail 9,
+    https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details).
+    None for `value_clip` leaves (V - R)^2 / 2.
 
     Args:
         values: of the critic that is trained.
@@ -113,7 +116,8 @@ def token_mean(mask: Bool[Array, "M T"]) -> Float[Array, "M T"]:
 
         w = mask / sum(mask)
 
-    Source: Yu et al. 2025 (DAPO), eq. 12. An all-false mask gives weight 0 everywhere.
+    Source: Yu et al. 2025 (DAPO), eq. 12, https://arxiv.org/abs/2503.14476. An all-false mask
+    gives weight 0 everywhere.
     """
     weights = mask.astype(jnp.result_type(float))
     return weights / jnp.maximum(jnp.sum(weights), 1.0)
@@ -124,7 +128,7 @@ def sequence_mean(mask: Bool[Array, "M T"]) -> Float[Array, "M T"]:
 
         w = mask / length / (number of non-empty rows)
 
-    Source: Shao et al. 2024 (GRPO), eq. 3.
+    Source: Shao et al. 2024 (GRPO), eq. 3, https://arxiv.org/abs/2402.03300.
     """
     weights = mask.astype(jnp.result_type(float))
     lengths = jnp.sum(weights, axis=1, keepdims=True)
@@ -138,7 +142,9 @@ def fixed_mean(tokens_per_sequence: int) -> Reduction:
         w = mask / (M * tokens_per_sequence)
 
     The weight of a token does not depend on any length, so the gradient estimate stays
-    unbiased. Source: Liu et al. 2025 (Dr. GRPO), section 3.2.
+    unbiased.
+
+    Source: Liu et al. 2025 (Dr. GRPO), section 3.2, https://arxiv.org/abs/2503.20783.
 
     Raises:
         ValueError: `tokens_per_sequence` is below 1.

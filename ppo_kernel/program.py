@@ -27,7 +27,7 @@ class CompiledIteration(NamedTuple):
         step: (state, reference, prompts, hyperparams, reward) -> (state, metrics).
         steps: the same with S batches of prompts, stacked along a new first axis, -> (state,
             metrics [S]): S iterations by `jax.lax.scan` in one program, which waits for Python
-            once and keeps its temporary memory from one to the next (bench/RESULTS.md).
+            once and keeps its temporary memory from one to the next (bench/TRIED.md).
         collect: (state, reference, prompts, hyperparams) -> collected.
         learn: (state, collected, scores, hyperparams) -> (state, metrics).
         lower: same arguments as `step`, -> `jax.stages.Lowered`: HLO, memory and cost analysis.

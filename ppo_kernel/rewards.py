@@ -24,8 +24,11 @@ def token_rewards(
         r_t = score * [t = last] - kl_coef * k(log_ratio_t)
 
     A score of shape [B, T] is a reward a token and lands where it stands. An empty response
-    (no valid token) has no reward at all. Sources: Ziegler et al. 2019, eq. 2; Ouyang et al.
-    2022, eq. 2; missing-EOS penalty as in Huang et al. 2024, detail 23.
+    (no valid token) has no reward at all.
+
+    Sources: Ziegler et al. 2019, eq. 2, https://arxiv.org/abs/1909.08593; Ouyang et al. 2022,
+    eq. 2, https://arxiv.org/abs/2203.02155; missing-EOS penalty as in Huang et al. 2024,
+    detail 23, https://arxiv.org/abs/2403.17031.
 
     Args:
         scores: one a sequence, or one a token; reward units.
@@ -87,8 +90,9 @@ def adaptive_kl_coef(
 
         e = clip(KL / target - 1, -0.2, 0.2);   coef' = coef * (1 + e * min(n / horizon, 1))
 
-    Source: Ziegler et al. 2019, section 2.2. The minimum is ours: beyond five horizons an iteration
-    the factor could be negative. A KL that is not finite leaves the coefficient.
+    Source: Ziegler et al. 2019, section 2.2, https://arxiv.org/abs/1909.08593. The minimum
+    is ours: beyond five horizons an iteration the factor could be negative. A KL that is not finite
+    leaves the coefficient.
 
     Args:
         kl_coef: the present coefficient.

@@ -230,3 +230,31 @@ def test_maths_is_written_as_equations(name):
     before_sections = re.split(r"^\w+:$", BY_NAME[name].text, flags=re.MULTILINE)[0]
     equation = re.search(r"^    .*[=~<>]", before_sections, re.MULTILINE)
     assert equation, f"{BY_NAME[name].label}: no equation on an indented line"
+
+
+CITATION = re.compile(r"\bSources?: |(?:\bet al\.|& [A-Z]\w+) (?:19|20)\d\d\b")
+LINK = re.compile(r"https?://\S+\.\S+")
+
+
+def prose(path):
+    """(line, text) of every docstring, and of every string that explains a constant."""
+    for node in ast.walk(parsed(path)):
+        value = node.value if isinstance(node, ast.Expr) else None
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            yield node.lineno, " ".join(value.value.split())
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_every_source_has_a_link(path):
+    for line, text in prose(path):
+        sources = CITATION.search(text)
+        assert not sources or LINK.search(text), f"{path}:{line} cites {sources} without a link"
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_every_published_formula_links_each_of_its_sources(name):
+    text = " ".join(BY_NAME[name].text.split())
+    cited = re.findall(r"[A-Z]\w+(?: et al\.| & [A-Z]\w+)? (?:19|20)\d\d", text)
+    assert len(set(LINK.findall(text))) >= len(set(cited)), f"{cited}: a link for each"

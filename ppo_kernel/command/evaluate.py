@@ -104,7 +104,10 @@ class Evaluator:
 
 
 def distinct_n(sequences: Sequence[Sequence[int]], n: int) -> float:
-    """Distinct n-grams / all n-grams over all sequences (Li et al. 2016, section 4); 0 for none."""
+    """Distinct n-grams / all n-grams over all sequences; 0 for none.
+
+    Source: Li et al. 2016, section 4, https://arxiv.org/abs/1510.03055.
+    """
     grams = [tuple(s[i : i + n]) for s in sequences for i in range(len(s) - n + 1)]
     return len(set(grams)) / max(len(grams), 1)
 

@@ -1,4 +1,6 @@
-"""Human sentiment ratings of 23,703 short texts (Hutto & Gilbert 2014), fetched and checked.
+"""Human sentiment ratings of 23,703 short texts, fetched and checked.
+
+Source: Hutto & Gilbert 2014, https://doi.org/10.1609/icwsm.v8i1.14550.
 
 The source distribution of `vaderSentiment` 3.1.1 (MIT) carries them: movie-review snippets,
 product-review snippets, editorial snippets and tweets, each with the mean rating of about 20

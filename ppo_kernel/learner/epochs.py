@@ -70,7 +70,7 @@ def update(
     direction. A minibatch is skipped (parameters, moments and counts stay) where no token is valid
     and where a hyper-parameter, target, sum or gradient is not finite. A separate critic steps
     after the policy, so where only its own sum or gradient overflows, the policy has stepped.
-    Source: Schulman et al. 2017, eq. 9 and algorithm 1.
+    Source: Schulman et al. 2017, eq. 9 and algorithm 1, https://arxiv.org/abs/1707.06347.
 
     Args:
         state: donated by the compiled iteration.

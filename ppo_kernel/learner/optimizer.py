@@ -28,7 +28,7 @@ def optimizer_step(
 
     Parameters narrower than float32 round off most of such steps. What they could not hold is kept
     and added to the next one: x + remainder is the parameter in float32 (Kahan's sum, as in Zamirai
-    et al. 2020).
+    et al. 2020, https://arxiv.org/abs/2010.06192).
 
     Args:
         models: of "actor" and "critic".

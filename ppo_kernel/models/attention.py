@@ -16,7 +16,10 @@ from .layers import Linear, RMSNorm, Rotation, for_few_rows, rotate, side_by_sid
 
 
 class Attention(eqx.Module):
-    """Projections of grouped-query attention (Ainslie et al. 2023), with optional q/k norms."""
+    """Projections of grouped-query attention, with optional q/k norms.
+
+    Source: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245.
+    """
 
     query: Linear
     key: Linear
@@ -143,7 +146,7 @@ def attend(
     value: Float[Array, "B K S E"],
     allowed: Bool[Array, "B Q S"],
 ) -> Float[Array, "B K group Q E"]:
-    """softmax(q k^T / sqrt(E)) v over the allowed slots (Vaswani et al. 2017, eq. 1).
+    """softmax(q k^T / sqrt(E)) v over the allowed slots.
 
     The softmax is in at least float32. A query with nothing allowed gets the mean of all values:
     finite, and never read, since only padding is in that place. The backward pass takes the weights
@@ -151,8 +154,10 @@ def attend(
 
         dp = do v^T,   dz = p (dp - sum(p dp)),   dq = dz k / sqrt(E),   dk = dz^T q / sqrt(E)
 
-    and dv = p^T do (Dao et al. 2022, appendix B.2). Forward-mode derivatives alone do not exist;
-    those of a gradient do.
+    and dv = p^T do. Forward-mode derivatives alone do not exist; those of a gradient do.
+
+    Sources: Vaswani et al. 2017, eq. 1, https://arxiv.org/abs/1706.03762; Dao et al. 2022,
+    appendix B.2, https://arxiv.org/abs/2205.14135.
 
     Args:
         query: grouped by the key/value head they share.

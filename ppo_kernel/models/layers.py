@@ -112,7 +112,10 @@ def for_few_rows(*layers: Linear) -> Callable[[Float[Array, "B in"]], tuple[Arra
 
 
 class RMSNorm(eqx.Module):
-    """y = w * x / sqrt(mean(x^2) + eps), in at least float32 (Zhang & Sennrich 2019, eq. 4)."""
+    """y = w * x / sqrt(mean(x^2) + eps), in at least float32.
+
+    Source: Zhang & Sennrich 2019, eq. 4, https://arxiv.org/abs/1910.07467.
+    """
 
     weight: Float[Array, " D"]
     epsilon: float = eqx.field(static=True, default=1e-6)
@@ -125,7 +128,10 @@ class RMSNorm(eqx.Module):
 
 
 class GatedMLP(eqx.Module):
-    """y = (silu(x W_gate) * x W_up) W_down (Shazeer 2020, eq. 6)."""
+    """y = (silu(x W_gate) * x W_up) W_down.
+
+    Source: Shazeer 2020, eq. 6, https://arxiv.org/abs/2002.05202.
+    """
 
     gate: Linear
     up: Linear
@@ -204,7 +210,8 @@ def rotate(x: Float[Array, "*batch X E"], rotation: Rotation) -> Float[Array, "*
 
         (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)
 
-    Source: Su et al. 2021, eq. 34, with the pairing (i, i + E/2) that published checkpoints use.
+    Source: Su et al. 2021, eq. 34, https://arxiv.org/abs/2104.09864, with the pairing
+    (i, i + E/2) that published checkpoints use.
 
     Args:
         x: queries or keys, any number of heads X.

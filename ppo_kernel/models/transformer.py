@@ -20,7 +20,10 @@ from .protocol import Cache, DecodeStep
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the low rotary frequencies (Grattafiori et al. 2024, sec. 3.2)."""
+    """Llama 3.1's stretching of the low rotary frequencies.
+
+    Source: Grattafiori et al. 2024, sec. 3.2, https://arxiv.org/abs/2407.21783.
+    """
 
     factor: float
     low_freq_factor: float

@@ -1,4 +1,4 @@
-"""Refusal of numbers and arrays that would give a wrong result without a word."""
+"""Checks that refuse numbers and arrays by name, where they would silently give a wrong result."""
 
 import math
 from typing import NamedTuple
@@ -11,12 +11,12 @@ from ..types import Scalar
 
 
 def check_shape(name: str, x: Shaped[Array, "..."], *shapes: tuple[int, ...]) -> None:
-    """Refuse an array of another shape than one of `shapes`.
+    """Refuse an array whose shape is none of `shapes`.
 
     Args:
         name: what the message calls it.
         x: anything with a shape; traced or not.
-        shapes: those allowed.
+        shapes: the allowed ones.
 
     Raises:
         ValueError: names the array, its shape and what it must be.
@@ -29,14 +29,14 @@ def check_shape(name: str, x: Shaped[Array, "..."], *shapes: tuple[int, ...]) ->
 
 
 class Range(NamedTuple):
-    """The finite numbers with low <= x <= high, without `low` itself where `above`."""
+    """The finite numbers low <= x <= high; low < x <= high where `above`."""
 
     low: float = -math.inf
     high: float = math.inf
     above: bool = False
 
     def check(self, name: str, value: Scalar | None) -> None:
-        """Refuse a number outside the range; one that is traced has no value yet.
+        """Refuse a number outside the range; a traced one has no value yet and passes.
 
         Args:
             name: what the message calls it.
@@ -60,12 +60,12 @@ class Range(NamedTuple):
 
 
 def check_whole(name: str, value: int | None, *, least: int = 1, optional: bool = False) -> None:
-    """Refuse what is not a whole number of at least `least`, or None where `optional`.
+    """Refuse anything but a whole number of at least `least`, or None where `optional`.
 
     Args:
         name: what the message calls it.
-        value: to be checked.
-        least: the smallest that is allowed.
+        value: the number, or None.
+        least: the smallest allowed number.
         optional: whether None is allowed.
 
     Raises:

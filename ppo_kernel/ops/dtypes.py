@@ -1,4 +1,4 @@
-"""The rule of types: what is summed, exponentiated or kept is at least float32."""
+"""One rule of types: sums, exponentials, gradients and moments are at least float32."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Inexact, PyTree
 
 
 def promote_types(first: DTypeLike, second: DTypeLike) -> jnp.dtype:
-    """The type that holds `first` and `second`, said outright: strict promotion allows that."""
+    """The type that holds `first` and `second`, also where JAX's promotion is strict."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(first, second)
 

@@ -1,12 +1,14 @@
 """Estimators of the KL divergence from sampled log-ratios.
 
-Source: Schulman 2020, "Approximating KL Divergence", joschu.net/blog/kl-approx.html.
+Source: Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html.
 
-All of them take x = log policy(token) - log reference(token) of a token drawn from the policy
-and estimate KL(policy || reference). The expectation of the *gradient* is another matter:
-as a loss on tokens of the current policy, k1 has gradient 0, k2 that of KL(policy || reference)
-and k3 that of KL(reference || policy), the other direction. `with_gradient_of` pairs the value
-of one with the gradient of another.
+x = log policy(token) - log reference(token), for a token drawn from the policy. Every estimator
+estimates KL(policy || reference) in value. As a loss on tokens of the current policy their
+gradients differ:
+
+    k1: 0      k2: grad KL(policy || reference)      k3: grad KL(reference || policy)
+
+`with_gradient_of` pairs the value of one with the gradient of another.
 """
 
 import jax
@@ -34,7 +36,7 @@ def k1(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
         k1 = x
 
-    Source: Schulman 2020.
+    Source: Schulman 2020, http://joschu.net/blog/kl-approx.html.
 
     Args:
         log_ratio: x = log policy - log reference per token, nats.
@@ -50,7 +52,7 @@ def k2(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
         k2 = x^2 / 2
 
-    Source: Schulman 2020.
+    Source: Schulman 2020, http://joschu.net/blog/kl-approx.html.
 
     Args:
         log_ratio: x = log policy - log reference per token, nats; clamped to +-20.
@@ -66,7 +68,7 @@ def k3(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
         k3 = exp(-x) - 1 + x
 
-    Source: Schulman 2020.
+    Source: Schulman 2020, http://joschu.net/blog/kl-approx.html.
 
     Args:
         log_ratio: x = log policy - log reference per token, nats; clamped to +-20.
@@ -88,7 +90,7 @@ def with_gradient_of(value: KLEstimator, gradient: KLEstimator) -> KLEstimator:
 
     def estimator(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         slope = gradient(log_ratio)
-        # The two slopes cancel first, and exactly: a large one leaves no rounding in the value.
+        # The slopes cancel first, and exactly, so that a large one adds no rounding to the value.
         return jax.lax.stop_gradient(value(log_ratio)) + (slope - jax.lax.stop_gradient(slope))
 
     return estimator

@@ -50,7 +50,7 @@ def entropy(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
 
 
 def _shifted(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
-    """z - max z in at least float32. After it nothing cancels: a likely token keeps its digits."""
+    """z - max z, at least float32. A likely token keeps its digits, since no large terms cancel."""
     logits = upcast(logits)
     return logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
 
@@ -63,14 +63,14 @@ def _logprobs_and_entropies(
 
         u = (z - max z) / T,   dz = (g (onehot(a) - p) - h p (log p + H)) / T,   dT = -sum u dz
 
-    with g and h the gradients of log p(a) and of H. The backward pass keeps the logits alone.
+    g and h are the gradients of log p(a) and of H. The backward pass keeps only the logits.
     """
     return _forward(logits, tokens, temperature)[0]
 
 
 def _forward(logits, tokens, temperature):
     largest = jnp.max(logits, axis=-1, keepdims=True)
-    # A product, because XLA writes quotients to memory before it reads them twice.
+    # Multiplied by 1 / T: XLA would write the quotients to memory, to read them twice.
     rate = 1.0 / temperature
     total, weighted = _weight_sums((logits - largest) * rate)
     log_total = jnp.log(total)[:, None]
@@ -97,7 +97,7 @@ _logprobs_and_entropies.defvjp(_forward, _backward)
 
 
 def _finite(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
-    """0 for -inf, which is what its product with a probability of 0 has to be."""
+    """0 for -inf, so that its product with a probability of 0 is 0 and not NaN."""
     return jnp.where(jnp.isneginf(x), 0.0, x)
 
 
@@ -114,10 +114,10 @@ def _sums_apart(shifted: Float[Array, "C V"]) -> tuple[Float[Array, " C"], Float
 
 
 def _sums_in_blocks(shifted: Float[Array, "C V"]) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
-    """Both in one reduction, of blocks of columns, for CPUs.
+    """Both sums in one reduction over blocks of columns, for CPUs.
 
-    For two reductions XLA would write the weights and their products to memory, and one along rows
-    takes longer.
+    With two reductions XLA writes weights and products to memory. One reduction along rows is
+    slower.
     """
     blocks = shifted.reshape(len(shifted), math.gcd(shifted.shape[1], 16), -1)
     weights = jnp.exp(blocks)
@@ -139,16 +139,16 @@ def logprobs_from_hidden(
 
         z = unembed(h) / temperature;   log p(a) as in `token_logprobs`;   H as in `entropy`
 
-    With `chunk_size` a few response slots of all sequences pass the output head at a time, in the
-    forward and again in the backward pass, so the largest temporary is [chunk_size, V]. Chunks cut
-    T and not B, which may be sharded over devices.
+    `chunk_size` bounds memory: the head runs on a few response slots of all sequences at a time and
+    again in the backward pass, so the largest temporary is [chunk_size, V]. Chunks cut T, never B,
+    because B may be sharded.
 
     Args:
         hidden: final hidden states at the positions that predict `tokens`.
         tokens: ids in [0, V).
-        unembed: the output head, rows of hidden states to rows of logits.
+        unembed: the output head, [C, D] -> [C, V].
         temperature: > 0, divides the logits.
-        chunk_size: tokens a chunk, at least one slot of every sequence; None takes all at once.
+        chunk_size: tokens per chunk, at least one slot of every sequence; None for one chunk.
 
     Returns:
         (logprobs, entropies), nats, at least float32.

@@ -1,4 +1,4 @@
-"""Masked reductions: the only place where a per-token quantity becomes a number."""
+"""Sums, means and whitening over the valid places of an array."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -8,27 +8,33 @@ from .dtypes import upcast
 
 
 def masked_sum(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
-    """Sum of `x` where `mask` holds; what stands elsewhere, NaN included, does not enter.
+    """Sum of `x` where `mask` is true.
+
+        sum_i mask_i x_i
+
+    Values elsewhere, NaN included, do not enter.
 
     Args:
         x: values, any shape.
-        mask: the places that count, same shape.
+        mask: true at valid places, same shape.
 
     Returns:
-        A rank-0 array in at least float32; 0 where nothing counts.
+        A rank-0 array, at least float32; 0 for an all-false mask.
     """
     return jnp.sum(jnp.where(mask, upcast(x), 0.0))
 
 
 def masked_mean(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
-    """Mean of `x` over the places where `mask` holds; 0 where there is none.
+    """Mean of `x` where `mask` is true; 0 for an all-false mask.
+
+        sum_i mask_i x_i / max(sum_i mask_i, 1)
 
     Args:
         x: values, any shape.
-        mask: the places that count, same shape.
+        mask: true at valid places, same shape.
 
     Returns:
-        A rank-0 array in at least float32.
+        A rank-0 array, at least float32.
     """
     total = masked_sum(x, mask)
     return total / jnp.maximum(jnp.sum(mask), 1).astype(total.dtype)
@@ -41,12 +47,13 @@ def whiten(
 
         y = (x - mean(x)) / sqrt(var(x) + epsilon),   var with divisor n
 
-    Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO".
+    Source: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO",
+    https://arxiv.org/abs/2403.17031.
 
     Args:
         x: values, any shape.
-        mask: the places that count, same shape.
-        epsilon: added to the variance; keeps (nearly) constant input small.
+        mask: true at valid places, same shape.
+        epsilon: added to the variance, so that (nearly) constant input stays small.
 
     Returns:
         Same shape, at least float32, 0 where `mask` is false.
@@ -55,5 +62,5 @@ def whiten(
     centred = jnp.where(mask, x - masked_mean(x, mask), 0.0)
     variance = masked_mean(jnp.square(centred), mask)
     white = centred / jnp.sqrt(variance + jnp.asarray(epsilon, x.dtype))
-    # Once more, for a NaN at a valid place would reach the masked ones through the variance.
+    # Masked again: a NaN at a valid place reaches all others through the variance.
     return jnp.where(mask, white, 0.0)

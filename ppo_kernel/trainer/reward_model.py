@@ -24,7 +24,11 @@ def sequence_scores(
 def bradley_terry_loss(
     chosen: Float[Array, "*batch"], rejected: Float[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
-    """-log sigmoid(chosen - rejected) a pair (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1)."""
+    """-log sigmoid(chosen - rejected) per pair.
+
+    Sources: Bradley & Terry 1952, https://doi.org/10.2307/2334029; Ouyang et al. 2022, eq. 1,
+    https://arxiv.org/abs/2203.02155.
+    """
     return jax.nn.softplus(rejected - chosen)
 
 

@@ -13,7 +13,9 @@ def cudnn_attention(
     value: Float[Array, "B K S E"],
     mask: Bool[Array, "B S"],
 ) -> Float[Array, "B K group S E"]:
-    """`attend_causally` by cuDNN's flash attention (Dao et al. 2022): [S, S] never exists.
+    """`attend_causally` by cuDNN's flash attention: [S, S] never exists.
+
+    Source: Dao et al. 2022, https://arxiv.org/abs/2205.14135.
 
     `TransformerConfig(attention=cudnn_attention)`, for NVIDIA GPUs from Ampere on.
 
