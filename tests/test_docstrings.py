@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "ppo_kernel"
 MODULES = (
     *("ops/kl", "ops/logprobs", "ops/masked", "ops/sampling", "rewards", "advantages", "losses"),
-    *("rollout/generate", "rollout/lockstep", "rollout/slots", "evaluation", "metrics"),
+    *("rollout/generate", "rollout/decoding", "rollout/lockstep", "rollout/slots"),
+    *("evaluation", "metrics"),
     *("learner/state", "learner/optimizer", "learner/gradient", "learner/epochs"),
     *("iteration", "program", "ops/checks", "ops/dtypes", "models/kernels/products"),
     *("sharding", "models/protocol", "models/kv_cache", "models/kernels/cudnn", "testing"),

@@ -78,7 +78,7 @@ def test_prompts(message):
 
 
 NUMBERS = {"temperature": (0.0, -1.0, np.nan), "top_p": (0.0, 2.0, np.nan),
-           "min_p": (-0.5, 2.0, np.nan), "queues": (0, -1, None)}  # fmt: skip
+           "min_p": (-0.5, 2.0, np.nan)}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,21 @@
 """Stage 1: prompts -> rollout. A batched prefill, then a compiled decode-and-sample loop."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..config import GenerationConfig
-from ..models.protocol import Cache, Policy
+from ..models.protocol import Cache, Policy, Unembed
 from ..ops.checks import FRACTION, POSITIVE, SHARE, check_shape
 from ..ops.dtypes import upcast
 from ..ops.logprobs import token_logprobs
 from ..ops.sampling import ban_tokens, restrict_logits, sample_tokens, sampling_noise
 from ..sharding import num_shards
 from ..types import Prompts, Rollout, Scalar
-from .lockstep import Drawn, decode_batch
+from .decoding import Decoding, Responses, Sampled
+from .lockstep import decode_batch
 from .slots import decode_queue
 
 
@@ -32,15 +35,14 @@ def generate(
         z_t = logits_t / temperature
         a_t ~ softmax(restrict(z_t)),   logprob_t = log softmax(z_t)[a_t]
 
-    Prompts are read once each, then their cache is repeated for the samples. The loop stops as
-    soon as every sequence has ended. With `config.decode_slots` fewer sequences than B are decoded
-    at a time, and the next one takes the place of one that has ended. Sequence n * G + g is sample
-    g of prompt n, with sample id `prompts.sample_ids[n] * G + g`; its noise depends on the key,
-    that id and t alone.
+    One prefill serves the G samples of a prompt. The loop stops as soon as every sequence has
+    ended; with `config.decode_slots` fewer than B are decoded at a time. Sequence n * G + g is
+    sample g of prompt n. Its id is `prompts.sample_ids[n] * G + g`, and its noise depends on the
+    key, that id and t alone.
 
     Args:
         policy: see `models.protocol.Policy`.
-        prompts: left-padded; a prompt without any valid slot is not meaningful.
+        prompts: left-padded, one valid slot each at least.
         key: consumed; the caller folds the iteration into it.
         config: lengths, EOS ids, top-k, samples per prompt, slots.
         temperature: > 0.
@@ -56,39 +58,62 @@ def generate(
             divide over the devices.
     """
     _check_prompts(prompts)
-    POSITIVE.check("temperature", temperature)
-    for name, value, limits in (("top_p", top_p, SHARE), ("min_p", min_p, FRACTION)):
-        if value is not None:
-            limits.check(name, value)
-    samples, length = config.samples_per_prompt, config.max_new_tokens
-    rows, width = prompts.tokens.shape[0] * samples, prompts.tokens.shape[1]
-    first_ids, offsets = prompts.sample_ids * samples, jnp.arange(samples, dtype=jnp.int32)
-    sample_ids = (first_ids[:, None] + offsets.astype(first_ids.dtype)[None]).reshape(-1)
+    samples = config.samples_per_prompt
+    decoder, sample_ids = policy.decoder(), _sample_ids(prompts.sample_ids, samples)
     if noise is None:
-        noise = sampling_noise(key, sample_ids, length)
-    check_shape("noise", noise, (rows, length, 2))
-    decoder = policy.decoder()
+        noise = sampling_noise(key, sample_ids, config.max_new_tokens)
+    check_shape("noise", noise, (len(sample_ids), config.max_new_tokens, 2))
+    sampler = _Sampler(decoder.unembed, config, temperature, top_p, min_p)
 
-    def read(tokens: Int[Array, "n P"], mask: Bool[Array, "n P"], steps: int = length - 1):
-        return _repeat(policy.prefill(tokens, mask, width + steps), samples)
+    def prefill(tokens: Int[Array, "n P"], mask: Bool[Array, "n P"], capacity: int):
+        return _repeat(policy.prefill(tokens, mask, capacity), samples)
 
-    def draw(
-        hidden: Float[Array, "X D"], noise: Float[Array, "X 2"], t: Int[Array, "*rows"]
-    ) -> Drawn:
-        logits = upcast(decoder.unembed(hidden))
-        logits = logits / jnp.asarray(temperature).astype(logits.dtype)
-        return _sample(logits, noise, t, config=config, top_p=top_p, min_p=min_p)
-
-    parts = (read, draw, decoder.step, prompts, noise)
-    if config.decode_slots is None or config.decode_slots >= rows:
-        written = decode_batch(*parts, config=config, grow=decoder.grow)
+    decoding = Decoding(prefill, sampler, decoder.step, decoder.grow, prompts, noise, config)
+    if config.decode_slots is None or config.decode_slots >= len(sample_ids):
+        responses = decode_batch(decoding)
     else:
-        queues = num_shards("batch")
-        written = decode_queue(*parts, config=config, grow=decoder.grow, queues=queues)
-    tokens, mask, logprobs, behaviour_logprobs = written
+        responses = decode_queue(decoding, num_shards("batch"))
+    return _rollout(prompts, sample_ids, responses, config)
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    """Hidden states -> tokens, by the tempered and restricted distribution."""
+
+    unembed: Unembed
+    config: GenerationConfig
+    temperature: Scalar
+    top_p: Scalar | None
+    min_p: Scalar | None
+
+    def __post_init__(self):
+        POSITIVE.check("temperature", self.temperature)
+        for name, value, limits in (("top_p", self.top_p, SHARE), ("min_p", self.min_p, FRACTION)):
+            if value is not None:
+                limits.check(name, value)
+
+    def __call__(
+        self, hidden: Float[Array, "X D"], noise: Float[Array, "X 2"], t: Int[Array, "*rows"]
+    ) -> Sampled:
+        config, logits = self.config, upcast(self.unembed(hidden))
+        _check_vocabulary(config, logits.shape[-1])
+        logits = logits / jnp.asarray(self.temperature).astype(logits.dtype)
+        allowed = logits
+        if config.eos_token_ids and config.min_new_tokens:
+            allowed = ban_tokens(allowed, config.eos_token_ids, t < config.min_new_tokens)
+        allowed = restrict_logits(allowed, top_k=config.top_k, top_p=self.top_p, min_p=self.min_p)
+        tokens, behaviour = sample_tokens(allowed, noise)
+        logprobs = behaviour if allowed is logits else token_logprobs(logits, tokens)
+        return Sampled(tokens, logprobs, behaviour, _is_eos(tokens, config.eos_token_ids))
+
+
+def _rollout(
+    prompts: Prompts, sample_ids: Int[Array, " B"], responses: Responses, config: GenerationConfig
+) -> Rollout:
+    tokens, mask, logprobs, behaviour_logprobs = responses
     return Rollout(
-        prompt_tokens=_repeat(prompts.tokens, samples),
-        prompt_mask=_repeat(prompts.mask, samples),
+        prompt_tokens=_repeat(prompts.tokens, config.samples_per_prompt),
+        prompt_mask=_repeat(prompts.mask, config.samples_per_prompt),
         sample_ids=sample_ids,
         tokens=tokens,
         mask=mask,
@@ -114,24 +139,10 @@ def _check_prompts(prompts: Prompts) -> None:
             raise ValueError(f"prompts.{name} must be of type {kind.__name__}, got {x.dtype}.")
 
 
-def _sample(
-    logits: Float[Array, "B V"],
-    noise: Float[Array, "B 2"],
-    t: Int[Array, "*rows"],
-    *,
-    config: GenerationConfig,
-    top_p: Scalar | None,
-    min_p: Scalar | None,
-) -> Drawn:
-    """What was drawn; `t` is that of all rows, or of each."""
-    _check_vocabulary(config, logits.shape[-1])
-    allowed = logits
-    if config.eos_token_ids and config.min_new_tokens:
-        allowed = ban_tokens(allowed, config.eos_token_ids, t < config.min_new_tokens)
-    allowed = restrict_logits(allowed, top_k=config.top_k, top_p=top_p, min_p=min_p)
-    tokens, behaviour = sample_tokens(allowed, noise)
-    logprobs = behaviour if allowed is logits else token_logprobs(logits, tokens)
-    return tokens, logprobs, behaviour, _is_eos(tokens, config.eos_token_ids)
+def _sample_ids(prompt_ids: Int[Array, " N"], samples: int) -> Int[Array, " B"]:
+    """Prompt id * G + g for each sample g."""
+    offsets = jnp.arange(samples, dtype=jnp.int32).astype(prompt_ids.dtype)
+    return (prompt_ids[:, None] * samples + offsets[None]).reshape(-1)
 
 
 def _repeat(cache: Cache, samples: int) -> Cache:

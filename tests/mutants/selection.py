@@ -63,6 +63,7 @@ CHECKS = {
     "learner/gradient.py": UPDATE,
     "learner/state.py": UPDATE,
     "learner/optimizer.py": UPDATE,
+    "rollout/decoding.py": ROLLOUT,
     "rollout/lockstep.py": ROLLOUT,
     "rollout/generate.py": ROLLOUT,
     "rollout/slots.py": (

@@ -74,10 +74,10 @@ def test_slots_change_nothing(policy, name, float64):
     assert_same(rollout, expected)
 
 
-@pytest.mark.parametrize("queues", [2, 4])
-def test_queues_change_nothing(queues, float64):
+@pytest.mark.parametrize("shards", [2, 4])
+def test_shards_change_nothing(shards, float64):
     settings, policy = {"max_new_tokens": 9, "samples_per_prompt": 2}, tiny.language_model()
-    with jax.set_mesh(make_mesh(queues)):
+    with jax.set_mesh(make_mesh(shards)):
         expected, rollout = both(policy, tiny.prompts(LENGTHS[:20]), settings, 8, {})
     assert_same(rollout, expected)
 
@@ -155,20 +155,20 @@ class ReadingPolicy(tiny.RecurrentPolicy):
         return super().prefill(tokens, mask, capacity)
 
 
-@pytest.mark.parametrize(("queues", "most"), [(1, 5), (2, 6)])
-def test_prompts_are_read_as_many_at_a_time_as_there_are_slots(queues, most, monkeypatch):
-    """40 prompts, 8 slots: five reads, and hardly more where queues go at different speeds."""
+@pytest.mark.parametrize(("shards", "most"), [(1, 5), (2, 6)])
+def test_prompts_are_read_as_many_at_a_time_as_there_are_slots(shards, most, monkeypatch):
+    """40 prompts, 8 slots: five reads, and hardly more where shards go at different speeds."""
     READS.clear()
     policy, batch = ReadingPolicy(KEY), tiny.prompts(LENGTHS[:20] * 2)
     config = GenerationConfig(max_new_tokens=30, eos_token_ids=(1, 2, 3), decode_slots=8)
     # On one device, where a callback counts once.
-    monkeypatch.setattr(generate_module, "num_shards", lambda axis: queues)
+    monkeypatch.setattr(generate_module, "num_shards", lambda axis: shards)
     eqx.filter_jit(lambda *inputs: generate(*inputs, config=config))(policy, batch, KEY)
     jax.effects_barrier()
     reads = [rows for rows in READS if rows == 8]
     assert 5 <= len(reads) <= most, READS
-    # What gives the cache its shape reads one prompt a queue, and only a callback makes it run.
-    assert set(READS) <= {8, queues}, READS
+    # What gives the cache its shape reads one prompt per shard, and only a callback makes it run.
+    assert set(READS) <= {8, shards}, READS
 
 
 def test_slots_for_every_sequence_need_no_queue():
@@ -242,7 +242,7 @@ def test_slots_that_do_not_divide_are_refused():
     config = tiny.generation(samples_per_prompt=2, decode_slots=6)
     with (
         jax.set_mesh(make_mesh(2)),
-        pytest.raises(ValueError, match=r"decode_slots=6 must be a multiple of .*=2 \* 2 queues"),
+        pytest.raises(ValueError, match=r"decode_slots=6 must be a multiple of .*=2 \* 2 shards"),
     ):
         generate(policy, tiny.prompts(), key, config=config)
     config = tiny.generation(decode_slots=6)
