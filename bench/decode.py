@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from ppo_kernel.config import GenerationConfig, IterationConfig
 from ppo_kernel.models import LanguageModel
-from ppo_kernel.models.kernels.decode_matmul import LaidOut
-from ppo_kernel.models.layers import for_few_rows
+from ppo_kernel.models.kernels.decode_matmul import DecodeMatrix
+from ppo_kernel.models.linear import decoding
 
 from .cases import build
 from .machine import measure, medians_in_turns
@@ -72,7 +72,7 @@ def _head_in_out(matrix):
 FORMS = {
     "in_out": (lambda *layers: lambda x: tuple(layer(x) for layer in layers), _head_in_out),
     "out_in": (_transposed, lambda matrix: lambda x: x @ matrix.T),
-    "few_rows": (for_few_rows, LaidOut.of),
+    "packed": (decoding, DecodeMatrix.of),
 }
 """Name -> how layers of one input multiply, and the head: plain, plain, as the kernel does."""
 

@@ -7,7 +7,7 @@ import statistics
 import jax
 import jax.numpy as jnp
 
-from ppo_kernel.models.attention import attend_causally
+from ppo_kernel.models.kernels.causal_attention import attend_causally
 from ppo_kernel.models.kernels.cudnn import cudnn_attention
 
 from .cases import build

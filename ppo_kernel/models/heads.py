@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..ops.dtypes import promote_types, upcast
-from .kernels.decode_matmul import LaidOut
+from .kernels.decode_matmul import DecodeMatrix
 from .kernels.products import wide_product
 from .kv_cache import KVCache
 from .protocol import Cache, Decoder
@@ -52,8 +52,8 @@ class LanguageModel(eqx.Module):
         return self.trunk.prefill(tokens, mask, capacity)
 
     def decoder(self) -> Decoder:
-        """Step, unembed and grow, with every matrix laid out for few rows."""
-        matrix = LaidOut.of(self._matrix().astype(self.trunk.config.compute_dtype))
+        """Step, unembed and grow, with every matrix packed for few rows."""
+        matrix = DecodeMatrix.of(self._matrix().astype(self.trunk.config.compute_dtype))
 
         @jax.named_scope("unembed")
         def unembed(hidden: Float[Array, "C D"]) -> Float[Array, "C V"]:

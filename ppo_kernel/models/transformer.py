@@ -12,9 +12,15 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..ops.checks import POSITIVE, Range, check_whole
 from ..ops.dtypes import promote_types
-from .attention import KEPT, Attention, attend_causally
+from .attention import Attention
+from .kernels.causal_attention import attend_causally, positions_of
+from .kernels.rotary import Rotation, rotation_of
+from .kernels.softmax_attention import KEPT
+from .kernels.unstack import unstack
 from .kv_cache import KVCache
-from .layers import GatedMLP, Linear, RMSNorm, Rotation, rotation_of
+from .linear import Linear
+from .mlp import GatedMLP
+from .norm import RMSNorm
 from .protocol import Cache, DecodeStep
 
 
@@ -201,7 +207,7 @@ class Transformer(eqx.Module):
     def decoder(self) -> DecodeStep:
         """The decode step, over layers taken apart once so that the loop copies no weights."""
         # Cast once: every use casts to the type of the activations.
-        blocks = cast_floating(self._apart(), self.config.compute_dtype)
+        blocks = cast_floating(unstack(self.blocks), self.config.compute_dtype)
         layers = [(block, block.attention.decoder(), block.mlp.decoder()) for block in blocks]
 
         def step(tokens: Int[Array, " B"], cache: KVCache):
@@ -225,8 +231,7 @@ class Transformer(eqx.Module):
         return step
 
     def _forward(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int = 0):
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-        rotation = self._rotation(positions)
+        rotation = self._rotation(positions_of(mask))
 
         def apply(start: int, x: Float[Array, "B S D"], block: Block):
             normed = block.attention_norm(x)
@@ -252,20 +257,10 @@ class Transformer(eqx.Module):
             return self.norm(x[:, start:]), cached
         # All but the last are one function, so that it is traced once.
         steps, cached = [layer(0)] * (count - 1) + [layer(start)], []
-        for step, block in zip(steps, self._apart(), strict=True):
+        for step, block in zip(steps, unstack(self.blocks), strict=True):
             x, keys_and_values = step(x, block)
             cached.append(keys_and_values)
         return self.norm(x), jax.tree.map(lambda *parts: jnp.stack(parts), *cached)
-
-    def _apart(self) -> list[Block]:
-        """The layers one by one; the gradients of all are put together at once."""
-        leaves, structure = jax.tree.flatten(self.blocks)
-        count = self.config.num_layers
-        parts = [jax.lax.split(x, (1,) * count) for x in leaves]
-        return [
-            jax.tree.unflatten(structure, [jnp.squeeze(part, 0) for part in layer])
-            for layer in zip(*parts, strict=True)
-        ]
 
     def _embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
         return self.embedding[tokens].astype(self.config.compute_dtype)

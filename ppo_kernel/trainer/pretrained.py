@@ -15,10 +15,10 @@ from ..io.folders import existing_folder, staged
 from ..io.manifest import Manifest
 from ..io.safetensors import WeightFiles, load_weights, save_weights
 from ..io.tokenizer import Tokenizer, left_pad
-from ..models.attention import attend_causally
 from ..models.families.family import Family
 from ..models.families.table import family_named
 from ..models.heads import LanguageModel, ValueModel
+from ..models.kernels.causal_attention import attend_causally
 from ..models.transformer import Transformer, TransformerConfig
 from ..rollout.generate import generate
 from ..types import Prompts

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from ppo_kernel.models.attention import attend, attend_to_cache
+from ppo_kernel.models.kernels.cached_attention import attend_to_cache
+from ppo_kernel.models.kernels.softmax_attention import attend
 
 TYPES = {"param_dtype": "bfloat16", "compute_dtype": "bfloat16", "cache_dtype": "bfloat16"}
 
@@ -22,12 +23,12 @@ def wide(x):
 
 
 @pytest.mark.parametrize("rows", [3, 80])
-@pytest.mark.parametrize("laid_out", [False, True])
-def test_logits_are_not_rounded_to_the_compute_type(rows, laid_out):
+@pytest.mark.parametrize("packed", [False, True])
+def test_logits_are_not_rounded_to_the_compute_type(rows, packed):
     policy = tiny.language_model(**TYPES)
     matrix = policy.output
     hidden = drawn(rows, matrix.shape[1], size=20.0)
-    unembed = policy.decoder().unembed if laid_out else policy.unembed
+    unembed = policy.decoder().unembed if packed else policy.unembed
     logits = jax.jit(lambda hidden: unembed(hidden))(hidden)
     want = wide(hidden) @ wide(matrix).T
     assert logits.dtype == jnp.float32

@@ -1,1 +1,4 @@
-"""Fast forms of what the models compute, each with the plain form that it equals."""
+"""Fast forms of the equations of the models, one file per form.
+
+Each stands beside its plain form `plain_...`: the same arguments, the same values and gradients.
+"""

@@ -1,4 +1,4 @@
-"""Causal attention by a fused kernel, in the place of `attention.attend_causally`."""
+"""Causal attention by cuDNN; the plain form is `plain_attend_causally`."""
 
 from typing import Literal
 
@@ -12,22 +12,28 @@ def cudnn_attention(
     key: Float[Array, "B K S E"],
     value: Float[Array, "B K S E"],
     mask: Bool[Array, "B S"],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
 ) -> Float[Array, "B K group S E"]:
-    """`attend_causally` by cuDNN's flash attention: [S, S] never exists.
+    """`attend_causally` by cuDNN's flash attention: no array [S, S].
 
-    Source: Dao et al. 2022, https://arxiv.org/abs/2205.14135.
+    Source: Dao et al. 2022 (https://arxiv.org/abs/2205.14135).
 
     `TransformerConfig(attention=cudnn_attention)`, for NVIDIA GPUs from Ampere on.
 
     Args:
         query, key, value: bfloat16 or float16.
         mask: which slots hold a token.
+        scale, window: as in `attend_causally`.
+        softcap: None; cuDNN has no soft-cap here.
 
     Returns:
         The mixed values, shape of `query`; 0 where there is no token.
 
     Raises:
-        ValueError: another type.
+        ValueError: another type, or a soft-cap.
         RuntimeError: JAX finds no cuDNN.
     """
     if query.dtype not in (jnp.bfloat16, jnp.float16):
@@ -35,7 +41,10 @@ def cudnn_attention(
             f"cudnn_attention takes bfloat16 or float16, got {query.dtype}: set "
             'compute_dtype="bfloat16", or leave the default attend_causally.'
         )
-    return attend_by_lengths(query, key, value, mask, implementation="cudnn")
+    return attend_by_lengths(
+        query, key, value, mask, implementation="cudnn", scale=scale, softcap=softcap,
+        window=window,
+    )  # fmt: skip
 
 
 def attend_by_lengths(
@@ -45,23 +54,36 @@ def attend_by_lengths(
     mask: Bool[Array, "B S"],
     *,
     implementation: Literal["xla", "cudnn"],
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
 ) -> Float[Array, "B K group S E"]:
     """Causal attention by `jax.nn.dot_product_attention`, whose kernels mask by lengths alone.
 
-    The tokens of each row are moved to its front and back again: their order, and with it what
-    each of them sees, stays.
+    The tokens of each row are moved to its front and back again. Their order stays, and with it
+    what each of them sees.
 
     Args:
         query, key, value: as in `attend_causally`.
         mask: which slots hold a token.
         implementation: of `jax.nn.dot_product_attention`.
+        scale, window: as in `attend_causally`.
+        softcap: None; those kernels have none.
 
     Returns:
         The mixed values, shape of `query`; 0 where there is no token.
+
+    Raises:
+        ValueError: a soft-cap.
     """
+    if softcap is not None:
+        raise ValueError(
+            f"fused attention has no soft-cap, but a layer asks for softcap={softcap}: leave the "
+            "default attend_causally."
+        )
     batch, _, _, slots, width = query.shape
     order = jnp.argsort(~mask, axis=1, stable=True)
-    # One slot more where their number is odd: JAX has no gradient of the kernel there.
+    # An even number of slots: for odd ones JAX has no gradient of the kernel.
     source = jnp.pad(order, ((0, 0), (0, slots % 2)))
     lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
     mixed = jax.nn.dot_product_attention(
@@ -69,12 +91,15 @@ def attend_by_lengths(
         _take(key.swapaxes(1, 2), source),
         _take(value.swapaxes(1, 2), source),
         is_causal=True,
+        scale=scale,
+        # Tokens are contiguous at the front: a distance in slots is one in positions.
+        local_window_size=None if window is None else (window - 1, 0),
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,
         implementation=implementation,
     )
     mixed = _take(mixed, jnp.argsort(order, axis=1)).swapaxes(1, 2).reshape(query.shape)
-    # What a kernel leaves behind the lengths is undefined.
+    # Behind the lengths a kernel leaves undefined numbers.
     return jnp.where(mask[:, None, None, :, None], mixed, jnp.zeros((), mixed.dtype))
 
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from ppo_kernel.models.attention import attend_causally
+from ppo_kernel.models.kernels.causal_attention import plain_attend_causally
 from ppo_kernel.models.kernels.cudnn import attend_by_lengths, cudnn_attention
 
 MASK = np.array([
@@ -31,16 +31,22 @@ def draw(dtype, heads=2, group=3, width=8):
     return *(jnp.asarray(x, dtype) for x in (query, key, value)), jnp.asarray(cotangent, dtype)
 
 
-def with_gradients(mix, query, key, value, cotangent):
-    mixed, backward = jax.vjp(lambda *x: mix(*x, jnp.asarray(MASK)), query, key, value)
+def with_gradients(mix, query, key, value, cotangent, **settings):
+    def attend(*arrays):
+        return mix(*arrays, jnp.asarray(MASK), **settings)
+
+    mixed, backward = jax.vjp(attend, query, key, value)
     return jnp.where(MASK[:, None, None, :, None], mixed, 0.0), *backward(cotangent)
 
 
-def test_by_lengths_equals_the_plain_path_for_any_mask():
+@pytest.mark.parametrize(
+    "settings", [{}, {"scale": 0.2}, {"window": 2}, {"window": 3, "scale": 1.0}]
+)
+def test_law_7_by_lengths_equals_the_plain_form_for_any_mask(settings):
     by_lengths = partial(attend_by_lengths, implementation="xla")
     for got, want in zip(
-        with_gradients(by_lengths, *draw(jnp.float32)),
-        with_gradients(attend_causally, *draw(jnp.float32)),
+        with_gradients(by_lengths, *draw(jnp.float32), **settings),
+        with_gradients(plain_attend_causally, *draw(jnp.float32), **settings),
         strict=True,
     ):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
@@ -80,3 +86,9 @@ def test_other_types_are_refused():
     query, key, value, _ = draw(jnp.float32)
     with pytest.raises(ValueError, match=r"float32: set compute_dtype=\"bfloat16\""):
         cudnn_attention(query, key, value, jnp.asarray(MASK))
+
+
+def test_a_soft_cap_is_refused():
+    query, key, value, _ = draw(jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"no soft-cap, .* softcap=2.0"):
+        cudnn_attention(query, key, value, jnp.asarray(MASK), softcap=2.0)

@@ -9,8 +9,8 @@ import tiny
 
 from ppo_kernel.models import LanguageModel
 from ppo_kernel.models.kernels import decode_matmul
-from ppo_kernel.models.kernels.decode_matmul import LaidOut
-from ppo_kernel.models.layers import Linear, for_few_rows
+from ppo_kernel.models.kernels.decode_matmul import DecodeMatrix
+from ppo_kernel.models.linear import Linear, decoding
 from ppo_kernel.rollout.generate import generate
 
 WIDE = {"hidden_size": 512, "intermediate_size": 320, "num_heads": 8, "head_dim": 64}
@@ -22,14 +22,14 @@ def drawn(shape, seed=0):
 
 
 @pytest.mark.parametrize("rows", [1, 5, 6, 8, 15, 16, 64, 65])
-def test_layers_side_by_side_equal_numpy(rows):
+def test_layers_in_one_product_equal_numpy(rows):
     x, sizes = drawn((rows, 384)), (512, 128, 256)
     layers = [
         Linear(jnp.asarray(drawn((384, size), size)), jnp.asarray(bias))
         for size, bias in zip(sizes, (drawn(512, 1), drawn(128, 2), drawn(256, 3)), strict=True)
     ]
     layers[1] = Linear(layers[1].weight)
-    got = jax.jit(lambda x: for_few_rows(*layers)(x))(x)
+    got = jax.jit(lambda x: decoding(*layers)(x))(x)
     for part, layer in zip(got, layers, strict=True):
         bias = 0.0 if layer.bias is None else np.asarray(layer.bias, np.float64)
         want = np.float64(x) @ np.asarray(layer.weight, np.float64) + bias
@@ -62,10 +62,10 @@ def test_the_product_equals_numpys(monkeypatch, rows, outputs, inputs, strip):
     strips_from(monkeypatch, 512, 2**17)
     monkeypatch.setattr(decode_matmul, "MANY_STRIPS", 21)
     x, weight = drawn((rows, inputs)), drawn((outputs, inputs), 1)
-    laid_out = LaidOut.of(jnp.asarray(weight))
-    assert laid_out.strip == strip
-    assert np.array_equal(laid_out.weight, weight) == (strip == 0)
-    got = jax.jit(lambda x, weight: LaidOut.of(weight)(x))(x, weight)
+    packed = DecodeMatrix.of(jnp.asarray(weight))
+    assert packed.strip == strip
+    assert np.array_equal(packed.weight, weight) == (strip == 0)
+    got = jax.jit(lambda x, weight: DecodeMatrix.of(weight)(x))(x, weight)
     np.testing.assert_allclose(got, np.float64(x) @ np.float64(weight).T, rtol=1e-5, atol=2e-4)
 
 
@@ -78,7 +78,7 @@ def test_the_product_and_its_gradient_equal_the_plain_ones(monkeypatch, rows, in
     along = jnp.asarray(drawn((rows, outputs), 2))
 
     def product(x, weight):
-        return jnp.sum(along * LaidOut.of(weight)(x))
+        return jnp.sum(along * DecodeMatrix.of(weight)(x))
 
     value, gradients = jax.jit(jax.value_and_grad(product, (0, 1)))(x, weight)
     wide = [np.asarray(a, np.float64) for a in (x, weight, along)]
@@ -98,7 +98,7 @@ def test_other_types_and_more_rows_get_the_plain_product(
     x, weight = (jnp.asarray(drawn(shape), dtype) for shape in ((rows, 512), (outputs, 512)))
 
     def product(x, weight):
-        return LaidOut.of(weight)(x)
+        return DecodeMatrix.of(weight)(x)
 
     assert "platform_index" not in str(jax.make_jaxpr(product)(x, weight))
     got = jax.jit(product)(x, weight)
@@ -108,9 +108,9 @@ def test_other_types_and_more_rows_get_the_plain_product(
 
 def test_other_devices_get_the_matrix_as_it_is(monkeypatch):
     strips_from(monkeypatch, 64)
-    laid_out = jax.jit(LaidOut.of).trace(jnp.ones((128, 32))).lower(lowering_platforms=("cuda",))
-    assert "transpose" not in laid_out.as_text()
-    product = jax.jit(lambda x, weight: LaidOut.of(weight)(x))
+    packed = jax.jit(DecodeMatrix.of).trace(jnp.ones((128, 32))).lower(lowering_platforms=("cuda",))
+    assert "transpose" not in packed.as_text()
+    product = jax.jit(lambda x, weight: DecodeMatrix.of(weight)(x))
     text = product.trace(jnp.ones((8, 32)), jnp.ones((128, 32))).lower(
         lowering_platforms=("cuda",)
     ).as_text()  # fmt: skip
@@ -165,7 +165,7 @@ def test_a_head_in_strips_draws_what_the_plain_head_draws(monkeypatch, tied, len
     for outputs in (10**6, 64):
         strips_from(monkeypatch, outputs)
         matrix = policy.trunk.embedding if tied else policy.output
-        assert (LaidOut.of(matrix).strip > 0) == (outputs == 64)
+        assert (DecodeMatrix.of(matrix).strip > 0) == (outputs == 64)
         # A function of its own: JAX would reuse what it traced for the other form.
         sample = eqx.filter_jit(lambda policy: generate(policy, batch, key, config=config))
         rollouts.append(sample(policy))
