@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from ..io.tokenizer import left_pad
+from ..io.padding import left_pad
 from ..models.protocol import Policy
 from ..trainer.ppo import PPOBatch, PPOTrainer
 from ..trainer.supervised import Report, shuffled

@@ -1,4 +1,4 @@
-"""A tokenizer from a model folder, without transformers; and left padding of prompts."""
+"""A tokenizer from a model folder, without transformers."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -7,33 +7,33 @@ from functools import cached_property
 from operator import index
 from typing import Any, SupportsIndex
 
-import numpy as np
 import tokenizers
-from jaxtyping import Bool, Int
 
-from .folders import existing_folder, read_json, write_json
+from .continuation import Continuations, Frame, clean_up, common_prefix
+from .folders import existing_folder, write_json
+from .tokenizer_files import SETTINGS, SPECIAL, TokenizerFiles, effective
 
-_CONFIG = "tokenizer_config.json"
-_SPECIAL = "special_tokens_map.json"
 _TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Text <-> token ids.
+    """Text <-> token ids, as `transformers.AutoTokenizer` of the same folder.
 
     Two are equal if an id means the same to both and they cut texts alike; what they put around
     a text (BOS) may differ, and how their files are written.
 
     Attributes:
         backend: of the `tokenizers` library; its padding and truncation are switched off.
-        settings: tokenizer_config.json; the special tokens' names are read from it.
+        settings: tokenizer_config.json.
         files: other files of the folder that `save` writes again, name -> text.
+        named: special tokens by name, such as "eos_token".
     """
 
     backend: tokenizers.Tokenizer
     settings: dict[str, Any]
     files: dict[str, str]
+    named: dict[str, str]
 
     def __post_init__(self):
         self.backend.no_padding()
@@ -41,28 +41,23 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path) -> "Tokenizer":
-        """The tokenizer of a folder: tokenizer.json and what describes its special tokens.
+        """The tokenizer of a folder, as transformers reads its files.
+
+        tokenizer.json has the rules, tokenizer_config.json names the special tokens and the class;
+        where transformers lets the class or `model_type` in config.json overrule tokenizer.json,
+        so do we.
 
         Raises:
             FileNotFoundError: no such folder.
-            ValueError: it has no tokenizer.json, or a damaged one.
+            ValueError: it has no tokenizer.json, a damaged one, or a setting that makes
+                transformers read it by rules that are not known here.
         """
         folder = existing_folder(path)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise ValueError(
-                f"{folder} has no tokenizer.json. If it has a tokenizer in another format, load "
-                "it with transformers' AutoTokenizer and save_pretrained it again."
-            )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"cannot read {file}: {error}.") from error
-        special = read_json(folder / _SPECIAL, {})
-        settings = special | read_json(folder / _CONFIG, {})
-        kept = (folder / name for name in (_SPECIAL, _TEMPLATE))
+        read = TokenizerFiles.read(folder)
+        made = effective(read)
+        kept = (folder / name for name in (SPECIAL, _TEMPLATE))
         files = {p.name: p.read_text(encoding="utf-8") for p in kept if p.is_file()}
-        return cls(backend, settings, files)
+        return cls(made.backend, read.settings, files, made.named)
 
     @classmethod
     def of(
@@ -73,7 +68,7 @@ class Tokenizer:
         pad_token: str | None = None,
         bos_token: str | None = None,
     ) -> "Tokenizer":
-        """A tokenizer of your own.
+        """A tokenizer of your own; the tokens that are named become special ones.
 
         Raises:
             ValueError: a special token is not in its vocabulary.
@@ -83,27 +78,111 @@ class Tokenizer:
         for name, token in tokens.items():
             if backend.token_to_id(token) is None:
                 raise ValueError(f"{name}={token!r} is not in the vocabulary; add it first.")
-        return cls(backend, {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}, {})
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+        made = effective(TokenizerFiles(json.loads(backend.to_str()), settings))
+        return cls(made.backend, settings, {}, made.named)
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """Ids of each text.
+        """Ids of each text, as transformers gives them.
 
         Args:
             texts: a list, not one string.
-            add_special_tokens: put BOS, or what the tokenizer's own rules add, around each text;
-                false for the continuation of a text, or one with its special tokens spelled out.
+            add_special_tokens: put BOS, EOS, or what the tokenizer's own rules add, around each
+                text.
 
         Raises:
             ValueError: `texts` is one string.
         """
-        if isinstance(texts, str):
-            raise ValueError(f"encode takes a list of texts, got one string: [{texts!r}] is meant?")
+        _check_list(texts)
         encoded = self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encoded]
 
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts that a response is to follow.
+
+        Those of `encode`, less what the tokenizer's rules put behind a text (EOS); what they put
+        in front (BOS) stands once, though the text may spell it out as chat templates do.
+
+        Raises:
+            ValueError: `texts` is one string.
+        """
+        _check_list(texts)
+        rows = self.encode(texts, add_special_tokens=False)
+        front = self.frame.front
+        return [ids if ids[: len(front)] == front else front + ids for ids in rows]
+
+    def encode_responses(
+        self, responses: Sequence[str], prompts: Sequence[str] | None = None
+    ) -> list[list[int]]:
+        """Ids of responses, each as it continues its prompt.
+
+            ids(prompt) + ids(response) spell prompt + response
+
+        Where the ids of the joint text start with those of the prompt, the rest is taken, as
+        transformers would. Else the response is encoded as the middle of a text: without the
+        space that some tokenizers put in front of one.
+
+        Args:
+            responses: text, with its first space if it has one.
+            prompts: as many, those of `encode_prompts`; None where nothing is known of them.
+
+        Raises:
+            ValueError: no ids spell a response after its prompt; one string instead of a list.
+        """
+        _check_list(responses)
+        if prompts is None:
+            return [self._continuations.encode(response) for response in responses]
+        heads, joint = (
+            self.encode_prompts(texts)
+            for texts in (prompts, [p + r for p, r in zip(prompts, responses, strict=True)])
+        )
+        rows = zip(prompts, responses, heads, joint, strict=True)
+        return [self._continue(*row) for row in rows]
+
     def decode(self, ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = True) -> str:
         """The text of some ids, special tokens left out by default."""
-        return self.backend.decode([index(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        text = self._spell([index(i) for i in ids], skip_special_tokens)
+        return clean_up(text) if self._cleans_up else text
+
+    def decode_response(
+        self,
+        prompt: Iterable[SupportsIndex],
+        ids: Iterable[SupportsIndex],
+        *,
+        skip_special_tokens: bool = True,
+    ) -> str:
+        """The text that some ids add to that of a prompt, its first space included.
+
+        decode(prompt + ids) = decode(prompt) + decode_response(prompt, ids)
+        """
+        before = [index(i) for i in prompt]
+        whole = [*before, *(index(i) for i in ids)]
+        head, text = (
+            self.decode(x, skip_special_tokens=skip_special_tokens) for x in (before, whole)
+        )
+        if text.startswith(head):
+            return text[len(head) :]
+        # Clean-up joined the two, or the prompt ends within a character.
+        head, text = (self._spell(x, skip_special_tokens) for x in (before, whole))
+        text = text[len(common_prefix(head, text)) :]
+        return clean_up(text) if self._cleans_up else text
+
+    def decode_prompt(
+        self, ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = True
+    ) -> str:
+        """The text that `encode_prompts` was given.
+
+        What the tokenizer itself put in front (BOS) is left out. Where a prompt has other special
+        tokens, as from a chat template, BOS is taken for one of them.
+        """
+        ids = [index(i) for i in ids]
+        front = self.frame.front
+        rest = ids[len(front) :] if ids[: len(front)] == front else ids
+        special = {
+            i for i, token in self.backend.get_added_tokens_decoder().items() if token.special
+        }
+        kept = ids if special.intersection(rest) else rest
+        return self.decode(kept, skip_special_tokens=skip_special_tokens)
 
     def id_of(self, token: str) -> int:
         """Id of a token of the vocabulary.
@@ -134,13 +213,22 @@ class Tokenizer:
     @cached_property
     def num_ids(self) -> int:
         """One more than the largest id: what an embedding must hold."""
-        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        return 1 + max(self._ids, default=-1)
+
+    def ids_without_text(self, size: int) -> tuple[int, ...]:
+        """Which of the ids below `size` stand for no text: rows that pad an embedding."""
+        return tuple(sorted(set(range(size)) - self._ids))
+
+    @cached_property
+    def frame(self) -> Frame:
+        """What the tokenizer's rules put around a text."""
+        return Frame.of(self.backend)
 
     def save(self, path) -> None:
         """Write it into the existing folder `path`, for us and for transformers' AutoTokenizer."""
         folder = existing_folder(path)
         self.backend.save(str(folder / "tokenizer.json"))
-        write_json(folder / _CONFIG, self.settings)
+        write_json(folder / SETTINGS, self.settings)
         for name, text in self.files.items():
             (folder / name).write_text(text, encoding="utf-8")
 
@@ -160,39 +248,43 @@ class Tokenizer:
         parts = [rules[key] for key in ("model", "normalizer", "pre_tokenizer", "decoder")]
         return json.dumps([sorted(added), *parts], sort_keys=True)
 
+    @cached_property
+    def _ids(self) -> frozenset[int]:
+        return frozenset(self.backend.get_vocab(with_added_tokens=True).values())
+
+    @cached_property
+    def _continuations(self) -> Continuations:
+        return Continuations(self.backend)
+
+    @property
+    def _cleans_up(self) -> bool:
+        """transformers does it on request, and for BPE only on a louder one."""
+        force = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+        wanted = self.settings.get("clean_up_tokenization_spaces", False)
+        is_bpe = isinstance(self.backend.model, tokenizers.models.BPE)
+        return bool(wanted and (not is_bpe or self.settings.get(force, False)))
+
+    def _spell(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def _continue(self, prompt: str, response: str, head: list[int], joint: list[int]) -> list[int]:
+        if joint[: len(head)] == head:
+            return joint[len(head) :]
+        told = (self._spell(joint, False), self._spell(head, False) + response)
+        for ids in self._continuations.candidates(prompt, response):
+            if self._spell(head + ids, False) in told:
+                return ids
+        raise ValueError(
+            f"the tokenizer cannot spell the response {response[:80]!r} right after the prompt "
+            f"{prompt[-80:]!r}: it joins the end of one to the start of the other. End the prompt, "
+            "or start the response, with a space or a new line."
+        )
+
     def _special_id(self, name: str) -> int | None:
-        token = self.settings.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
+        token = self.named.get(name)
         return None if token is None else self.backend.token_to_id(token)
 
 
-def left_pad(
-    sequences: Sequence[Sequence[int]], *, pad_id: int, width: int | None = None
-) -> tuple[Int[np.ndarray, "N P"], Bool[np.ndarray, "N P"]]:
-    """Ragged ids -> a rectangle with the padding on the left.
-
-    Args:
-        sequences: N lists of ids, none empty.
-        pad_id: what unused slots hold; any id.
-        width: P; None takes the longest sequence's.
-
-    Returns:
-        (tokens, mask of the slots that hold one).
-
-    Raises:
-        ValueError: there is no sequence, an empty one, or one longer than `width`.
-    """
-    lengths = [len(sequence) for sequence in sequences]
-    if not lengths or min(lengths) == 0:
-        where = f"sequence {lengths.index(0)} is empty" if lengths else "there are no sequences"
-        raise ValueError(f"nothing to pad: {where}.")
-    width = max(lengths) if width is None else width
-    if max(lengths) > width:
-        raise ValueError(
-            f"sequence {lengths.index(max(lengths))} has {max(lengths)} tokens, more than "
-            f"width={width}; truncate it or raise the width."
-        )
-    mask = np.arange(width)[None] >= width - np.asarray(lengths)[:, None]
-    tokens = np.full((len(lengths), width), pad_id, np.int32)
-    tokens[mask] = np.concatenate([np.asarray(sequence, np.int32) for sequence in sequences])
-    return tokens, mask
+def _check_list(texts: Sequence[str]) -> None:
+    if isinstance(texts, str):
+        raise ValueError(f"expected a list of texts, got one string: [{texts!r}] is meant?")

@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ..config import GenerationConfig
 from ..io.folders import existing_folder, staged
 from ..io.manifest import Manifest
+from ..io.padding import left_pad
 from ..io.safetensors import WeightFiles, load_weights, save_weights
-from ..io.tokenizer import Tokenizer, left_pad
+from ..io.tokenizer import Tokenizer
 from ..models.families.family import Family
 from ..models.families.table import family_named
 from ..models.heads import LanguageModel, ValueModel

@@ -9,7 +9,8 @@ from hypothesis import given
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from ppo_kernel.io.tokenizer import Tokenizer, left_pad
+from ppo_kernel.io.padding import left_pad
+from ppo_kernel.io.tokenizer import Tokenizer
 
 SPECIAL = {"eos_token": "</s>", "pad_token": "<pad>", "bos_token": "<s>"}
 
