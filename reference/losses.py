@@ -22,7 +22,10 @@ def clipped_policy_loss(
     """A good token gains up to ratio 1 + high, a bad one down to 1 - low (and up to dual_clip)."""
     loss = np.zeros(logprobs.shape)
     for place in np.ndindex(logprobs.shape):
-        ratio, advantage = _ratio(logprobs[place], old_logprobs[place]), advantages[place]
+        ratio, advantage = (
+            _ratio(float(logprobs[place]), float(old_logprobs[place])),
+            advantages[place],
+        )
         if advantage >= 0:
             ratio = min(ratio, 1 + clip_ratio_high)
         else:
@@ -44,7 +47,7 @@ def is_clipped(
     """Whether the clip changed the ratio that the loss uses."""
     clipped = np.zeros(logprobs.shape, bool)
     for place in np.ndindex(logprobs.shape):
-        ratio = _ratio(logprobs[place], old_logprobs[place])
+        ratio = _ratio(float(logprobs[place]), float(old_logprobs[place]))
         if advantages[place] > 0:
             clipped[place] = ratio > 1 + clip_ratio_high
         if advantages[place] < 0:

@@ -1,11 +1,12 @@
 """Parameters, gradients and moments: arrays in nested dicts and lists, None where there is none."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 
-def tree_map(function: Callable, tree, *others):
+def tree_map(function: Callable, tree, *others) -> Any:
     """`function` of the arrays that stand at the same place in every tree."""
     if tree is None:
         return None

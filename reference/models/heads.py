@@ -26,6 +26,7 @@ def hidden_states(
     model: Model, tokens: Int[np.ndarray, " S"], mask: Bool[np.ndarray, " S"]
 ) -> Float64[np.ndarray, "S D"]:
     """Final hidden state of every slot."""
+    assert model.config is not None, "a head on the policy's trunk has no trunk of its own"
     return transformer.forward(model.parameters, model.config, tokens, mask)
 
 
@@ -52,6 +53,7 @@ def policy_backward(
     name = _output(policy)
     hidden = hidden_states(policy, tokens, mask)
     dhidden = hidden_gradient + logit_gradient @ policy.parameters[name]
+    assert policy.config is not None, "a policy has a trunk"
     gradients = transformer.backward(dhidden, policy.parameters, policy.config, tokens, mask)
     gradients["output"] = None if name == "embedding" else np.zeros(policy.parameters[name].shape)
     gradients[name] += logit_gradient.T @ hidden
