@@ -30,8 +30,10 @@ from .program import CompiledIteration, compile_iteration
 from .rewards import adaptive_kl_coef, token_rewards
 from .rollout.generate import generate
 from .sharding import make_mesh, place
+from .trainer.actor_critic import PPOActorCritic
+from .trainer.batch import PPOBatch
 from .trainer.config import PPOConfig
-from .trainer.ppo import PPOActorCritic, PPOBatch, PPOTrainer
+from .trainer.ppo import PPOTrainer
 from .trainer.pretrained import CausalLM, RewardModel
 from .trainer.text_reward import PythonReward
 from .types import Evaluation, Experience, Prompts, Rollout

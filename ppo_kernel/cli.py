@@ -36,7 +36,7 @@ def demo(arguments: Demo) -> None:
     # Imported here: --help waits for JAX, as the package does, but not for TensorBoard and what the
     # tasks need, which take longer.
     from .command.display import Display
-    from .command.evaluate import device_description
+    from .command.report import device_description
     from .command.run_folder import RunFolder
 
     if arguments.task is Task.sentiment:
@@ -56,23 +56,23 @@ def demo(arguments: Demo) -> None:
 def train(settings: TrainSettings) -> None:
     """Run what the output folder does not have yet, with a live view."""
     from .command.display import Display
-    from .command.evaluate import device_description
-    from .command.pipeline import Training
+    from .command.pipeline import Pipeline
+    from .command.report import device_description
     from .command.run_folder import RunFolder
 
     start, folder = time.monotonic(), settings.output
     try:
-        training = Training(settings)
-        if training.finished:
+        pipeline = Pipeline(settings)
+        if pipeline.finished:
             print(f"{folder} is finished: {folder / 'policy'} has the policy")
             return
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"ppo-kernel train: {error}")
-    with RunFolder(folder, resume=training.config) as run, Display() as display:
+    with RunFolder(folder, resume=pipeline.config) as run, Display() as display:
         display.print(f"training on {device_description()}, writing to {folder}")
-        for note in (training.data.summary(), *training.data.notes):
+        for note in (pipeline.data.summary(), *pipeline.data.notes):
             display.print(note)
-        training.run(display, run)
+        pipeline.run(display, run)
         display.print(f"{time.monotonic() - start:.0f} s; {folder} has the curves and the models")
 
 
@@ -88,17 +88,9 @@ def main() -> None:
 
 
 def _main(arguments: list[str]) -> None:
-    import tyro
+    from .command.flags import choose, flags_of, settings_of
 
-    from .command.flags import flags_of, settings_of
-
-    flags = flags_of(TrainSettings)
-    chosen = tyro.extras.subcommand_cli_from_dict(
-        {"train": flags, "demo": Demo},
-        prog="ppo-kernel",
-        description="PPO post-training of language models, in one compiled program.",
-        args=arguments,
-    )
+    chosen = choose({"train": flags_of(TrainSettings), "demo": Demo}, arguments)
     if isinstance(chosen, Demo):
         demo(chosen)
         return

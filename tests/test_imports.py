@@ -79,6 +79,13 @@ def test_package_knows_neither_its_judges_nor_hypothesis(path):
     assert not forbidden & {name.split(".")[0] for name in imported(path)}
 
 
+@pytest.mark.parametrize("path", modules("ppo_kernel"), ids=named)
+def test_only_the_command_and_the_demos_need_the_extra_demo(path):
+    extra = {"matplotlib", "requests", "rich", "tensorboardX", "tyro", "vaderSentiment"}
+    if path.relative_to(ROOT / "ppo_kernel").parts[0] not in ("command", "demos"):
+        assert not extra & {name.split(".")[0] for name in imported(path)}
+
+
 @pytest.mark.parametrize("path", modules("reference"), ids=named)
 def test_reference_imports_nothing_that_it_judges(path):
     allowed = {"collections", "dataclasses", "functools", "itertools", "jaxtyping", "math", "numpy"}

@@ -14,6 +14,21 @@ _HIDDEN = {"learning_rate_schedule", "sft_model_path", "reward_model_path"}
 """Settings that a line of text cannot say, or that other flags say."""
 
 
+def choose(commands: dict[str, type], arguments: list[str]) -> Any:
+    """The dataclass of the command that `arguments` name, filled from its flags.
+
+    Args:
+        commands: name -> dataclass whose fields are the flags.
+        arguments: of the command line, without the program's name.
+    """
+    return tyro.extras.subcommand_cli_from_dict(
+        commands,
+        prog="ppo-kernel",
+        description="PPO post-training of language models, in one compiled program.",
+        args=arguments,
+    )
+
+
 def flags_of(cls: type, default: Any = None) -> type:
     """A dataclass with the settings of `cls` that a command line can say.
 
@@ -38,7 +53,7 @@ def settings_of(cls: type, flags: Any) -> Any:
     for x in fields(cls):
         if x.name in _HIDDEN:
             continue
-        value = getattr(flags, x.name)
+        value = vars(flags)[x.name]
         if isinstance(x.type, type) and is_dataclass(x.type):
             try:
                 value = settings_of(x.type, value)
@@ -63,7 +78,7 @@ def _flag(x: Field, text: str, defaults: Any) -> tuple[str, Any, Any]:
     if value is MISSING and x.default_factory is not MISSING:
         value = x.default_factory()
     if defaults is not None:
-        value = getattr(defaults, x.name)
+        value = vars(defaults)[x.name]
     if isinstance(kind, type) and is_dataclass(kind):
         made = flags_of(kind, value)
         return x.name, Annotated[made, tyro.conf.arg(help=text)], field(default_factory=made)

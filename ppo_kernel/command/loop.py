@@ -1,49 +1,60 @@
-"""The stages of a run: what they report, and the PPO stage itself."""
+"""The PPO stage of a run: batches of prompts, steps, evaluations, checkpoints."""
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
 
 from ..io.padding import left_pad
 from ..models.protocol import Policy
-from ..trainer.ppo import PPOBatch, PPOTrainer
-from ..trainer.supervised import Report, shuffled
+from ..trainer.batch import PPOBatch
+from ..trainer.ppo import PPOTrainer
+from ..trainer.supervised import shuffled
 from .display import Display
 from .run_folder import RunFolder
 
-Evaluate = Callable[[Policy], dict[str, float]]
-"""policy -> metrics on held-out prompts."""
+
+@runtime_checkable
+class Evaluate(Protocol):
+    """Measures a policy on held-out prompts."""
+
+    def __call__(self, policy: Policy) -> dict[str, float]:
+        """Metrics by name."""
+        ...
 
 
-def random_streams(
-    seed: int, *, keys: int, generators: int
-) -> tuple[list[Key[Array, ""]], list[np.random.Generator]]:
-    """All randomness of a run, each stream apart from the others and from those of other seeds.
+@dataclass(frozen=True)
+class PPOStage:
+    """Length, data and intervals of the PPO stage.
 
-    `seed + 1` would be apart from `seed`, but not from the first stream of the next run.
+    Attributes:
+        prompts: token ids.
+        width: slots that prompts are padded to.
+        num_iterations: at which the stage ends.
+        rng: decides the order of the prompts.
+        evaluate: measures the policy every `evaluate_every` iterations; None for never.
+        evaluate_every: iterations from one evaluation to the next.
+        checkpoint: where the training state is saved; None for nowhere.
+        save_every: iterations from one checkpoint to the next.
     """
-    return (
-        list(jax.random.split(jax.random.key(seed), keys)),
-        [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(generators)],
-    )
 
+    prompts: Sequence[Sequence[int]]
+    width: int
+    num_iterations: int
+    rng: np.random.Generator
+    evaluate: Evaluate | None = None
+    evaluate_every: int = 10
+    checkpoint: Path | None = None
+    save_every: int = 10
 
-def reporter(stage: str, num_steps: int, *, display: Display, run: RunFolder) -> Report:
-    """Begin a supervised stage; what `fit` calls to show and to record its metrics."""
-    display.stage(stage, num_steps)
-    run.rewind(stage.replace(" ", "_"), -1)
-
-    def report(step: int, metrics: dict[str, float]) -> None:
-        display.update(stage, step, metrics)
-        run.metrics(stage.replace(" ", "_"), step, metrics)
-
-    return report
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether `step` is a multiple of `every`, or the last."""
+        return step % every == 0 or step == self.num_iterations
 
 
 def prompt_batches(
@@ -55,10 +66,10 @@ def prompt_batches(
     rng: np.random.Generator,
     start: int = 0,
 ) -> Iterator[PPOBatch]:
-    """Endless batches of prompts, every one once an epoch, in a new order each.
+    """Endless batches of prompts: each prompt once per epoch, in a new order every epoch.
 
-    `rng` decides the order alone, so the batches from number `start` on are what a run that goes
-    on there would have seen.
+    `rng` decides the order alone, so the batches from number `start` on are those that a run
+    resumed there would have seen.
 
     Raises:
         ValueError: there are fewer prompts than a batch takes.
@@ -69,42 +80,29 @@ def prompt_batches(
         yield PPOBatch(jnp.asarray(tokens), jnp.asarray(mask))
 
 
-def ppo_stage(
-    trainer: PPOTrainer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    width: int,
-    num_iterations: int,
-    display: Display,
-    run: RunFolder,
-    rng: np.random.Generator,
-    evaluate: Evaluate | None = None,
-    evaluate_every: int = 10,
-    checkpoint: Path | None = None,
-    save_every: int = 10,
-) -> None:
-    """Run PPO up to `num_iterations`, from wherever `trainer` is, recording each.
+def run_ppo(stage: PPOStage, trainer: PPOTrainer, *, display: Display, run: RunFolder) -> None:
+    """Run PPO from the trainer's iteration to the last, recording each.
 
-    The training state is saved at `checkpoint` every `save_every` iterations and after the last.
+    The training state is saved when it is due and after the last iteration.
     """
     config, done = trainer.config, trainer.iteration
     data = prompt_batches(
-        prompts, config.num_prompts, pad_id=trainer.policy_model.pad_token_id, width=width,
-        rng=rng, start=done,
+        stage.prompts, config.num_prompts, pad_id=trainer.policy_model.pad_token_id,
+        width=stage.width, rng=stage.rng, start=done,
     )  # fmt: skip
-    display.stage("ppo", num_iterations)
+    display.stage("ppo", stage.num_iterations)
     run.rewind("ppo", done)
     judged: dict[str, float] = {}
-    for step in range(done + 1, num_iterations + 1):
+    for step in range(done + 1, stage.num_iterations + 1):
         start = time.perf_counter()
         metrics = trainer.train_step(next(data))
         seconds = time.perf_counter() - start
         tokens = metrics["response_length"] * config.train_batch_size
         metrics |= {"tokens_per_second": tokens / seconds, "reward": metrics["mean_reward"]}
-        if evaluate is not None and (step % evaluate_every == 0 or step == num_iterations):
-            judged = evaluate(trainer.policy.model)
+        if stage.evaluate is not None and stage.is_due(step, stage.evaluate_every):
+            judged = stage.evaluate(trainer.policy.model)
             metrics |= judged
         run.metrics("ppo", step, metrics)
         display.update("ppo", step, metrics | judged)
-        if checkpoint is not None and (step % save_every == 0 or step == num_iterations):
-            trainer.save_checkpoint(checkpoint)
+        if stage.checkpoint is not None and stage.is_due(step, stage.save_every):
+            trainer.save_checkpoint(stage.checkpoint)

@@ -4,32 +4,48 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
+from jaxtyping import Array, Key
 
 from ..io.checkpoint import has_checkpoint
 from ..io.folders import has_weights
 from ..models.heads import LanguageModel
-from ..trainer.ppo import PPOActorCritic, PPOTrainer, check_devices
+from ..trainer.actor_critic import PPOActorCritic
+from ..trainer.ppo import PPOTrainer, check_devices
 from ..trainer.preferences import pair_batches, preference_accuracy, preference_loss
 from ..trainer.pretrained import CausalLM, RewardModel
 from ..trainer.sft import next_token_loss, perplexity
 from ..trainer.supervised import batches, fit
 from .data import load_data
 from .display import Display
-from .evaluate import Evaluator, as_prompts
-from .loop import ppo_stage, random_streams, reporter
-from .outcome import compare, held_out_metrics, print_outcome, sample_rows
-from .run_folder import RunFolder, check_same_run
+from .loop import PPOStage, run_ppo
+from .report import Evaluator, as_prompts, compare, held_out_metrics, print_comparison, sample_rows
+from .run_folder import RunFolder, check_same_run, reporter
 from .settings import TrainSettings
 
 
-class Training:
-    """A training, from wherever its output folder has got to.
+def random_streams(
+    seed: int, *, keys: int, generators: int
+) -> tuple[list[Key[Array, ""]], list[np.random.Generator]]:
+    """The randomness of a run: keys and generators, independent of each other and of other seeds.
 
-    A stage reads the folder that the one before has written, also when both are of one process:
-    so a training that was stopped in between goes on as if it had not been.
+    Were the second stage simply seeded with `seed + 1`, it would repeat the first stage of the
+    run with the next seed.
+    """
+    return (
+        list(jax.random.split(jax.random.key(seed), keys)),
+        [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(generators)],
+    )
+
+
+class Pipeline:
+    """SFT, reward model and PPO, resumed from the state of the output folder.
+
+    A stage reads its model from the folder that the stage before has saved, even within one
+    process. So a run that was stopped in between ends with the same numbers.
 
     Args:
-        settings: of the training.
+        settings: of the run.
 
     Raises:
         FileNotFoundError: no model folder.
@@ -141,13 +157,13 @@ class Training:
         checkpoint = self.folder / "checkpoint"
         if has_checkpoint(checkpoint):
             trainer.load_checkpoint(checkpoint)
-        ppo_stage(
-            trainer, self.data.prompts.train, width=self.data.prompt_width,
-            num_iterations=settings.num_iterations, display=display, run=run, rng=self._prompt_rng,
-            evaluate=lambda policy: held_out_metrics(evaluator(policy)),
+        stage = PPOStage(
+            self.data.prompts.train, self.data.prompt_width, settings.num_iterations,
+            self._prompt_rng, evaluate=lambda policy: held_out_metrics(evaluator(policy)),
             evaluate_every=settings.evaluate_every,
             checkpoint=checkpoint, save_every=settings.save_every,
         )  # fmt: skip
+        run_ppo(stage, trainer, display=display, run=run)
         after = evaluator(trainer.policy.model)
         run.samples("after", sample_rows(after))
         figures = compare(before, after)
@@ -156,7 +172,7 @@ class Training:
         run.curves()
         # Last: a folder that has it is finished.
         trainer.save_model(self.folder / "policy")
-        print_outcome(display, before, after, figures)
+        print_comparison(display, before, after, figures)
         return figures
 
     def _evaluator(self, models: PPOActorCritic) -> Evaluator:

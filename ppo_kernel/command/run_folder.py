@@ -10,6 +10,9 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from ..trainer.supervised import Report
+from .display import Display
+
 CURVES = {
     "reward": "mean reward",
     "judge": "independent judge",
@@ -117,6 +120,19 @@ class RunFolder:
             self._events.add_scalar(f"{line['stage']}/{name}", line[name], line["step"])
 
 
+def reporter(stage: str, num_steps: int, *, display: Display, run: RunFolder) -> Report:
+    """Begin a supervised stage; returns the function that shows and records its metrics."""
+    name = stage.replace(" ", "_")
+    display.stage(stage, num_steps)
+    run.rewind(name, -1)
+
+    def report(step: int, metrics: dict[str, float]) -> None:
+        display.update(stage, step, metrics)
+        run.metrics(name, step, metrics)
+
+    return report
+
+
 def check_same_run(path: Path, settings: Mapping[str, Any]) -> None:
     """Refuse to go on with a run of other settings than those of its `config.json`.
 
@@ -170,5 +186,5 @@ def _replace(path: Path, text: str) -> None:
 def _plain(x: Any) -> Any:
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         # Not asdict: that would copy, and recurse into, values that are not settings.
-        return {field.name: getattr(x, field.name) for field in dataclasses.fields(x)}
+        return {field.name: vars(x)[field.name] for field in dataclasses.fields(x)}
     return getattr(x, "__name__", None) or str(x)

@@ -1,7 +1,7 @@
 """Settings of a whole training, as the command line says them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,8 +66,9 @@ class TrainSettings:
     )  # fmt: skip
 
     def __post_init__(self):
-        for name in ("num_iterations", "save_every", "evaluate_every"):
-            check_whole(name, getattr(self, name))
+        check_whole("num_iterations", self.num_iterations)
+        check_whole("save_every", self.save_every)
+        check_whole("evaluate_every", self.evaluate_every)
         check_whole("seed", self.seed, least=0)
         Range(0, 0.5, above=True).check("held_out", self.held_out)
         if (self.preferences is None) == (self.reward_model is None):
@@ -84,7 +85,7 @@ class TrainSettings:
         Args:
             digests: SHA-256 of each file, by the setting that names it.
         """
-        said = {x.name: getattr(self, x.name) for x in fields(self) if x.name != "output"}
+        said = {name: value for name, value in vars(self).items() if name != "output"}
         for name in ("model", "reward_model"):
             said[name] = None if said[name] is None else str(said[name].expanduser().resolve())
         for name, digest in digests.items():

@@ -11,35 +11,38 @@ from dataclasses import dataclass, field
 
 import jax
 import numpy as np
-import tokenizers
 from jaxtyping import Array, Key
-from tokenizers import decoders
-from tokenizers.models import BPE
 
 from ..command.display import Display, table
-from ..command.evaluate import Evaluator, Samples, as_prompts
-from ..command.loop import ppo_stage, random_streams, reporter
-from ..command.run_folder import RunFolder
+from ..command.loop import PPOStage, run_ppo
+from ..command.pipeline import random_streams
+from ..command.report import Evaluator, Samples, as_prompts
+from ..command.run_folder import RunFolder, reporter
 from ..config import GenerationConfig
 from ..io.tokenizer import Tokenizer
 from ..models import TransformerConfig
 from ..models.protocol import Policy
+from ..trainer.actor_critic import PPOActorCritic
 from ..trainer.config import PPOConfig
-from ..trainer.ppo import PPOActorCritic, PPOTrainer
+from ..trainer.ppo import PPOTrainer
 from ..trainer.pretrained import CausalLM
 from ..trainer.sft import next_token_loss
 from ..trainer.supervised import FitConfig, batches, fit
 from ..trainer.text_reward import PythonReward
-
-EOS = "</s>"
-ALPHABET = "0123456789+="
-PROMPT_WIDTH = len("99+99=")
-ANSWER_WIDTH = len("198") + 1
-"""Tokens of the longest answer, EOS included."""
+from .sums import (
+    ANSWER_WIDTH,
+    EOS,
+    PROMPT_WIDTH,
+    Problem,
+    Problems,
+    exact,
+    make_tokenizer,
+    question,
+    solved,
+    split_problems,
+)
 
 NUM_ITERATIONS = 260
-
-Problem = tuple[int, int]
 
 
 def decay(iteration: int) -> float:
@@ -84,57 +87,6 @@ class ArithmeticSettings:
     sft_share: float = 0.4
     held_out_share: float = 0.1
     num_stop_problems: int = 512
-
-
-@dataclass(frozen=True)
-class Problems:
-    """Three parts without a common problem; `a+b` and `b+a` are in the same part."""
-
-    sft: list[Problem]
-    ppo: list[Problem]
-    held_out: list[Problem]
-
-
-def make_tokenizer() -> Tokenizer:
-    """One token a character, and EOS, which pads as well: every other id is seen in the text."""
-    vocabulary = {token: i for i, token in enumerate([EOS, *ALPHABET])}
-    backend = tokenizers.Tokenizer(BPE(vocabulary, []))
-    backend.decoder = decoders.Fuse()
-    backend.add_special_tokens([EOS])
-    return Tokenizer.of(backend, eos_token=EOS, pad_token=EOS)
-
-
-def split_problems(settings: ArithmeticSettings, rng: np.random.Generator) -> Problems:
-    """All problems, split at random; a pair of operands is in one part in both orders."""
-    low, high = settings.operands
-    pairs = [(a, b) for a in range(low, high + 1) for b in range(a, high + 1)]
-    bounds = np.cumsum([settings.sft_share, settings.held_out_share]) * len(pairs)
-    parts = np.split(rng.permutation(len(pairs)), bounds.round().astype(int))
-
-    def both_orders(part: np.ndarray) -> list[Problem]:
-        chosen = sorted({p for i in part for p in (pairs[i], pairs[i][::-1])})
-        return [chosen[i] for i in rng.permutation(len(chosen))]
-
-    sft, held_out, ppo = (both_orders(part) for part in parts)
-    return Problems(sft, ppo, held_out)
-
-
-def question(problem: Problem) -> str:
-    """What the policy reads."""
-    return f"{problem[0]}+{problem[1]}="
-
-
-def exact(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """The reward: 1 for the right number as Python writes it, 0 for all else; no partial credit."""
-
-    def answer(prompt: str) -> str:
-        left, right = prompt.removesuffix("=").split("+")
-        return str(int(left) + int(right))
-
-    return [
-        float(response == answer(prompt))
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
 
 
 class Examiner:
@@ -185,16 +137,6 @@ class Examiner:
         }
 
 
-def solved(
-    problems: Sequence[Problem], tokenizer: Tokenizer
-) -> tuple[list[list[int]], list[float]]:
-    """(problems with their answers, tokens that are only read): operands cannot be foreseen."""
-    questions = tokenizer.encode([question(problem) for problem in problems])
-    answers = tokenizer.encode([str(sum(problem)) for problem in problems])
-    rows = [[*q, *a, tokenizer.id_of(EOS)] for q, a in zip(questions, answers, strict=True)]
-    return rows, [float(len(ids)) for ids in questions]
-
-
 def fit_sft(
     problems: Problems,
     settings: ArithmeticSettings,
@@ -234,7 +176,9 @@ def run_arithmetic(
     (sft_key, examiner_key, ppo_key), (split_rng, sft_rng, ppo_rng) = random_streams(
         seed, keys=3, generators=3
     )
-    problems = split_problems(settings, split_rng)
+    problems = split_problems(
+        settings.operands, settings.sft_share, settings.held_out_share, split_rng
+    )
     run.config(task="arithmetic", seed=seed, settings=settings)
     sft = fit_sft(problems, settings, display, run, key=sft_key, rng=sft_rng)
     tokenizer = make_tokenizer()
@@ -247,11 +191,9 @@ def run_arithmetic(
         actor_critic_model=PPOActorCritic(sft, PythonReward(exact), settings.ppo),
         rng_key=ppo_key,
     )
-    ppo_stage(
-        trainer, tokenizer.encode([question(problem) for problem in problems.ppo]),
-        width=PROMPT_WIDTH, num_iterations=settings.num_iterations, display=display, run=run,
-        rng=ppo_rng, evaluate=examiner,
-    )  # fmt: skip
+    asked = tokenizer.encode([question(problem) for problem in problems.ppo])
+    stage = PPOStage(asked, PROMPT_WIDTH, settings.num_iterations, ppo_rng, evaluate=examiner)
+    run_ppo(stage, trainer, display=display, run=run)
     policy = trainer.policy.model
     after = examiner.sampled(policy), examiner.greedy(policy)
     figures = compare(before, after)

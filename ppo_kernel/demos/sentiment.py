@@ -9,31 +9,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import tokenizers
 from jaxtyping import Array, Key
-from tokenizers import decoders, normalizers, pre_tokenizers, processors, trainers
-from tokenizers.models import BPE
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from ..command.display import Display, table
-from ..command.evaluate import Evaluator, Samples, as_prompts, standard_error
-from ..command.loop import ppo_stage, random_streams, reporter
-from ..command.outcome import MEANS, compare, held_out_metrics, print_outcome, sample_rows
-from ..command.run_folder import RunFolder
+from ..command.loop import PPOStage, run_ppo
+from ..command.pipeline import random_streams
+from ..command.report import (
+    MEANS,
+    Evaluator,
+    Samples,
+    as_prompts,
+    compare,
+    held_out_metrics,
+    print_comparison,
+    sample_rows,
+    standard_error,
+)
+from ..command.run_folder import RunFolder, reporter
 from ..config import GenerationConfig
 from ..evaluation import ModelReward
-from ..io.tokenizer import Tokenizer
 from ..models import TransformerConfig
+from ..trainer.actor_critic import PPOActorCritic
 from ..trainer.config import PPOConfig
-from ..trainer.ppo import PPOActorCritic, PPOTrainer
+from ..trainer.ppo import PPOTrainer
+from ..trainer.preferences import score_sequences
 from ..trainer.pretrained import CausalLM, RewardModel
-from ..trainer.reward_model import pair_accuracy, reward_model_loss, ridge_baseline, score_sequences
 from ..trainer.sft import next_token_loss, perplexity
 from ..trainer.supervised import FitConfig, batches, fit
-from .human_ratings import RatedText, load_ratings
+from .human_ratings import load_ratings
+from .rated_texts import augment, pair_accuracy, rated_texts_loss, ridge_baseline
+from .sentiment_data import DROPPED, SentimentData, prepare, split_prompts
 
-BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-DROPPED = "<unk>"
 PROMPT_SLOTS, NEW_TOKENS = 8, 24
 
 
@@ -67,83 +74,8 @@ class SentimentSettings:
     num_evaluation_prompts: int = 256
 
 
-@dataclass(frozen=True)
-class Data:
-    """Token sequences (BOS ... EOS) and ratings, split by text."""
-
-    tokenizer: Tokenizer
-    train: list[list[int]]
-    train_ratings: list[float]
-    train_movies: list[list[int]]
-    held_out: list[list[int]]
-    held_out_ratings: np.ndarray
-    held_out_domains: np.ndarray
-
-
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer, lower-cased: the data is small and case says little."""
-    backend = tokenizers.Tokenizer(BPE())
-    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=[PAD, DROPPED, BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))]
-    )
-    return Tokenizer.of(backend, eos_token=EOS, pad_token=PAD, bos_token=BOS)
-
-
-def prepare(
-    ratings: Sequence[RatedText], settings: SentimentSettings, rng: np.random.Generator
-) -> Data:
-    """Split the texts nine to one; the tokenizer is made from the larger part.
-
-    Each distinct text, and each review or article that texts were cut from, is on one side.
-    """
-    unique = list({rated.text.lower(): rated for rated in ratings}.values())
-    sources = sorted({rated.source for rated in unique})
-    picked = rng.permutation(len(sources))[: len(sources) // 10]
-    held_out_sources = {sources[i] for i in picked}
-    held_out = [rated for rated in unique if rated.source in held_out_sources]
-    train = [rated for rated in unique if rated.source not in held_out_sources]
-    tokenizer = train_tokenizer([rated.text for rated in train], settings.policy.vocab_size)
-
-    def encode(rated: Sequence[RatedText]) -> list[list[int]]:
-        return [[*ids, tokenizer.id_of(EOS)] for ids in tokenizer.encode([r.text for r in rated])]
-
-    sequences = encode(train)
-    return Data(
-        tokenizer=tokenizer,
-        train=sequences,
-        train_ratings=[rated.rating for rated in train],
-        train_movies=[s for s, r in zip(sequences, train, strict=True) if r.domain == "movie"],
-        held_out=encode(held_out),
-        held_out_ratings=np.array([rated.rating for rated in held_out]),
-        held_out_domains=np.array([rated.domain for rated in held_out]),
-    )
-
-
-def augment(tokens: Sequence[int], rng: np.random.Generator, dropped_id: int) -> Sequence[int]:
-    """What the reward model trains on: often only a prefix, and always with words missing.
-
-    PPO shows it unfinished texts, and with 20,000 texts it would otherwise learn them by heart.
-    """
-    if rng.random() < 0.3 and len(tokens) > 6:
-        tokens = tokens[: int(rng.integers(6, len(tokens)))]
-    missing = rng.random(len(tokens)) < 0.2
-    missing[0] = False
-    return np.where(missing, dropped_id, tokens).tolist()
-
-
 def fit_sft(
-    data: Data,
+    data: SentimentData,
     settings: SentimentSettings,
     display: Display,
     run: RunFolder,
@@ -160,7 +92,7 @@ def fit_sft(
 
 
 def fit_reward_model(
-    data: Data,
+    data: SentimentData,
     settings: SentimentSettings,
     display: Display,
     run: RunFolder,
@@ -176,11 +108,13 @@ def fit_reward_model(
         data.train, data.train_ratings, settings.reward, rng,
         augment=lambda tokens, rng: augment(tokens, rng, dropped),
     )  # fmt: skip
-    trained = fit(start.model, reward_model_loss, stream, settings.reward, report=report)
+    trained = fit(start.model, rated_texts_loss, stream, settings.reward, report=report)
     return start.with_model(trained)
 
 
-def reward_model_report(model: RewardModel, data: Data, width: int = 64) -> dict[str, float]:
+def reward_model_report(
+    model: RewardModel, data: SentimentData, width: int = 64
+) -> dict[str, float]:
     """Accuracy on held-out human pairs by rating gap, beside the bag-of-words baseline.
 
     Keys: `{model}_{pairs}_gap_{gap}` with pairs over all held-out texts, or among movie snippets.
@@ -214,19 +148,6 @@ class Judge:
         return np.array([self._analyzer.polarity_scores(text)["compound"] for text in texts])
 
 
-def split_prompts(
-    data: Data, settings: SentimentSettings, rng: np.random.Generator
-) -> tuple[list[list[int]], list[list[int]]]:
-    """(prompts to train on, prompts to evaluate on): the first words of held-out movie snippets."""
-    low, high = settings.prompt_tokens
-    movies = [data.held_out[i] for i in np.flatnonzero(data.held_out_domains == "movie")]
-    # BOS and at least one token must be left to write before EOS.
-    movies = [tokens for tokens in movies if len(tokens) > high + 2]
-    prompts = [tokens[: 1 + rng.integers(low, high + 1)] for tokens in movies]
-    count = settings.num_evaluation_prompts
-    return prompts[count:], prompts[:count]
-
-
 def run_sentiment(
     display: Display, run: RunFolder, *, seed: int = 0, settings: SentimentSettings | None = None
 ) -> dict[str, float]:
@@ -239,7 +160,7 @@ def run_sentiment(
     keys, generators = random_streams(seed, keys=4, generators=5)
     sft_key, reward_key, ppo_key, evaluator_key = keys
     split_rng, sft_rng, reward_rng, prompt_rng, ppo_rng = generators
-    data = prepare(load_ratings(), settings, split_rng)
+    data = prepare(load_ratings(), settings.policy.vocab_size, split_rng)
     run.config(task="sentiment", seed=seed, settings=settings)
     sft = fit_sft(data, settings, display, run, key=sft_key, rng=sft_rng)
     movies = np.flatnonzero(data.held_out_domains == "movie")
@@ -248,7 +169,9 @@ def run_sentiment(
     accuracy = reward_model_report(reward_model, data)
     _print_accuracy(display, accuracy)
 
-    train_prompts, evaluation_prompts = split_prompts(data, settings, prompt_rng)
+    train_prompts, evaluation_prompts = split_prompts(
+        data, settings.prompt_tokens, settings.num_evaluation_prompts, prompt_rng
+    )
     trainer = PPOTrainer(
         config=settings.ppo,
         actor_critic_model=PPOActorCritic(sft, reward_model, settings.ppo),
@@ -264,11 +187,11 @@ def run_sentiment(
     )
     judge = Judge()
     before = evaluator(sft.model)
-    ppo_stage(
-        trainer, train_prompts, width=PROMPT_SLOTS,
-        num_iterations=settings.num_iterations, display=display, run=run, rng=ppo_rng,
+    stage = PPOStage(
+        train_prompts, PROMPT_SLOTS, settings.num_iterations, ppo_rng,
         evaluate=lambda policy: _judged(evaluator(policy), judge),
     )  # fmt: skip
+    run_ppo(stage, trainer, display=display, run=run)
     after = evaluator(trainer.policy.model)
     figures = accuracy | {"sft_held_out_perplexity": held_out_perplexity}
     figures |= figures_of(before, after, judge)
@@ -325,7 +248,7 @@ def _print_accuracy(display: Display, accuracy: dict[str, float]) -> None:
 def _print_result(
     display: Display, before: Samples, after: Samples, figures: dict[str, float]
 ) -> None:
-    print_outcome(display, before, after, figures, means=MEANS | {"judge": "independent judge"})
+    print_comparison(display, before, after, figures, means=MEANS | {"judge": "independent judge"})
     display.print(
         f"reward +{figures['reward_gain_in_sft_deviations']:.2f} standard deviations of the SFT "
         f"policy's scores, judge {figures['judge_gain']:+.3f}, "

@@ -2,17 +2,37 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
 
-import equinox as eqx
 import optax
 
 from ..config import GenerationConfig, Hyperparams, IterationConfig
 from ..learner.optimizer import matrices
 from ..learner.state import Learner
-from ..ops.checks import Range, check_whole
+from ..ops.checks import FRACTION, POSITIVE, SHARE, Range, check_whole
 from ..ops.kl import k1
 from ..types import KLEstimator
+
+NOT_NEGATIVE = Range(0)
+_CHECK = "check"
+
+
+def _number(default: float | None, limits: Range, *, optional: bool = False) -> Any:
+    """A field for a number; None is allowed where it is the default, or `optional`."""
+
+    def check(name: str, value: float | None) -> None:
+        if value is not None or not (optional or default is None):
+            limits.check(name, value)
+
+    return field(default=default, metadata={_CHECK: check})
+
+
+def _count(default: int | None, *, least: int = 1, optional: bool = False) -> Any:
+    """A field for a whole number of at least `least`; None as in `_number`."""
+    check = partial(check_whole, least=least, optional=optional or default is None)
+    return field(default=default, metadata={_CHECK: check})
 
 
 @dataclass(frozen=True)
@@ -65,76 +85,69 @@ class PPOConfig:
         ValueError: a value is out of its range.
     """
 
-    learning_rate_actor: float = 1e-5
-    learning_rate_critic: float = 1e-5
+    learning_rate_actor: float = _number(1e-5, NOT_NEGATIVE)
+    learning_rate_critic: float = _number(1e-5, NOT_NEGATIVE)
     learning_rate_schedule: Callable[[int], float] | None = None
-    clip_ratio: float = 0.2
-    clip_ratio_high: float | None = None
-    dual_clip: float | None = None
-    value_clip: float | None = 0.2
-    gamma: float = 1.0
-    lambda_gae: float = 0.95
-    num_ppo_epochs: int = 4
-    train_batch_size: int = 64
-    num_minibatches: int = 1
-    per_device_batch_size: int | None = None
+    clip_ratio: float = _number(0.2, FRACTION)
+    clip_ratio_high: float | None = _number(None, NOT_NEGATIVE)
+    dual_clip: float | None = _number(None, Range(1, above=True))
+    value_clip: float | None = _number(0.2, POSITIVE, optional=True)
+    gamma: float = _number(1.0, FRACTION)
+    lambda_gae: float = _number(0.95, FRACTION)
+    num_ppo_epochs: int = _count(4)
+    train_batch_size: int = _count(64)
+    num_minibatches: int = _count(1)
+    per_device_batch_size: int | None = _count(None)
     sft_model_path: str | os.PathLike | None = None
     reward_model_path: str | os.PathLike | None = None
-    kl_coeff: float = 0.05
-    kl_target: float | None = None
-    kl_horizon: float = 10_000.0
+    kl_coeff: float = _number(0.05, NOT_NEGATIVE)
+    kl_target: float | None = _number(None, POSITIVE)
+    kl_horizon: float = _number(10_000.0, POSITIVE)
     kl_estimator: KLEstimator = k1
     kl_in_loss: bool = False
-    max_seq_len: int = 512
-    max_new_tokens: int | None = None
-    min_new_tokens: int = 0
-    samples_per_prompt: int = 1
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    decode_slots: int | None = None
-    entropy_coeff: float = 0.0
-    value_coeff: float = 1.0
-    max_grad_norm: float | None = 1.0
-    missing_eos_penalty: float = 0.0
-    score_clip: float | None = None
+    max_seq_len: int = _count(512)
+    max_new_tokens: int | None = _count(None)
+    min_new_tokens: int = _count(0, least=0)
+    samples_per_prompt: int = _count(1)
+    temperature: float = _number(1.0, POSITIVE)
+    top_k: int | None = _count(None)
+    top_p: float | None = _number(None, SHARE)
+    min_p: float | None = _number(None, FRACTION)
+    decode_slots: int | None = _count(None)
+    entropy_coeff: float = _number(0.0, Range())
+    value_coeff: float = _number(1.0, NOT_NEGATIVE)
+    max_grad_norm: float | None = _number(1.0, POSITIVE, optional=True)
+    missing_eos_penalty: float = _number(0.0, Range())
+    score_clip: float | None = _number(None, POSITIVE)
     whiten_advantages: bool = True
     bootstrap_truncated: bool = False
     recompute_old_logprobs: bool = False
-    logprob_chunk_size: int | None = 1024
+    logprob_chunk_size: int | None = _count(1024, optional=True)
     response_widths: tuple[int, ...] = ()
-    weight_decay: float = 0.0
+    weight_decay: float = _number(0.0, NOT_NEGATIVE)
 
     def __post_init__(self):
-        for field in fields(self):
-            if field.type in (int, int | None):
-                least, optional = int(field.name != "min_new_tokens"), field.type is not int
-                check_whole(field.name, getattr(self, field.name), least=least, optional=optional)
-        Range(0).check("weight_decay", self.weight_decay)
+        for setting in fields(self):
+            if _CHECK in setting.metadata:
+                setting.metadata[_CHECK](setting.name, vars(self)[setting.name])
+        if not callable(self.kl_estimator):
+            raise ValueError(
+                f"kl_estimator must be a function such as ops.kl.k1; got {self.kl_estimator!r}."
+            )
         if self.kl_target is not None and self.kl_coeff == 0.0:
             raise ValueError(
                 f"kl_coeff=0 with kl_target={self.kl_target}: the controller multiplies the "
                 "coefficient, which would stay 0; start it above, or leave the target out."
             )
-        try:
-            self._check_parts()
-        except ValueError as error:
-            name, _, rest = str(error).partition(" ")
-            raise ValueError(f"{_OUR_NAMES.get(name, name)} {rest}") from error
         if self.train_batch_size % (self.samples_per_prompt * self.num_minibatches):
             raise ValueError(
                 f"train_batch_size={self.train_batch_size} is not a multiple of "
                 f"samples_per_prompt={self.samples_per_prompt} * "
                 f"num_minibatches={self.num_minibatches}."
             )
-
-    def _check_parts(self) -> None:
-        """Make the settings of the kernel once: each says what it refuses, by its own name."""
-        # Traced, so that no array is made: programs may yet choose their devices or types.
-        eqx.filter_eval_shape(lambda: self._hyperparams(1.0))
-        # The shortest prompt leaves the most room, and on as many devices as there are sequences
-        # every micro-batch fits: the rest is for the trainer to say.
+        # The kernel refuses settings that do not fit each other, under the names used here. The
+        # shortest prompt leaves the longest response, and on as many devices as there are
+        # sequences every micro-batch fits: prompts and devices are checked by the trainer.
         self.iteration(self.generation(1, (), 0), num_devices=self.train_batch_size)
 
     @property
@@ -145,10 +158,7 @@ class PPOConfig:
     def hyperparams(self, iteration: int = 0) -> Hyperparams:
         """The traced settings of an iteration."""
         schedule = self.learning_rate_schedule
-        return self._hyperparams(1.0 if schedule is None else float(schedule(iteration)))
-
-    def _hyperparams(self, factor: float) -> Hyperparams:
-        """With the learning rates multiplied by `factor`."""
+        factor = 1.0 if schedule is None else float(schedule(iteration))
         high = self.clip_ratio if self.clip_ratio_high is None else self.clip_ratio_high
         return Hyperparams(
             learning_rate_actor=self.learning_rate_actor * factor,
@@ -238,11 +248,3 @@ class PPOConfig:
             return optax.chain(optax.scale_by_adam(), decay)
 
         return Learner(actor_optimizer=optimizer(), critic_optimizer=optimizer())
-
-
-_OUR_NAMES = {
-    "clip_ratio_low": "clip_ratio", "lam": "lambda_gae", "kl_coef": "kl_coeff",
-    "entropy_coef": "entropy_coeff", "value_coef": "value_coeff",
-    "max_grad_norm_actor": "max_grad_norm", "num_epochs": "num_ppo_epochs",
-}  # fmt: skip
-"""What a setting of the kernel is called here, where that differs."""

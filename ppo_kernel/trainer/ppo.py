@@ -1,26 +1,23 @@
 """The familiar surface: a trainer over the pure functions, a few lines each."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, fields
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, ArrayLike, Bool, Int, Key, UInt32
+from jaxtyping import Array, Key, UInt32
 
 from ..advantages import gae
-from ..evaluation import ModelReward
 from ..io.checkpoint import load_checkpoint, save_checkpoint
 from ..learner.state import Learner
-from ..models.heads import LanguageModel, ValueModel
 from ..program import CompiledIteration, compile_iteration
 from ..sharding import make_mesh, num_shards, place
-from ..types import AdvantageEstimator, Prompts, RewardFn
+from ..types import AdvantageEstimator, Prompts
+from .actor_critic import PPOActorCritic
+from .batch import PPOBatch
 from .config import PPOConfig
-from .pretrained import CausalLM, RewardModel
+from .pretrained import CausalLM
 from .text_reward import PythonReward
 
 _NONFINITE = {
@@ -30,119 +27,6 @@ _NONFINITE = {
     "nonfinite_parameters": "parameters after the update",
 }
 """Counters that stop a run, and what they count."""
-
-
-class PPOBatch(eqx.Module):
-    """Prompts as a data loader gives them, padded on either side.
-
-    Attributes:
-        input_ids: token ids.
-        attention_mask: 1 or true where there is a token.
-    """
-
-    input_ids: Int[ArrayLike, "N P"]
-    attention_mask: Int[ArrayLike, "N P"] | Bool[ArrayLike, "N P"]
-
-    def prompts(self) -> Prompts:
-        """The same prompts left-padded, numbered by their place in the batch.
-
-        Raises:
-            ValueError: the shapes differ, or a prompt has no token.
-        """
-        tokens, mask = np.asarray(self.input_ids), np.asarray(self.attention_mask).astype(bool)
-        if tokens.shape != mask.shape or tokens.ndim != 2:
-            raise ValueError(
-                f"input_ids {tokens.shape} and attention_mask {mask.shape} must be [N, P] alike."
-            )
-        if not mask.any(axis=1).all():
-            row = int(np.argmin(mask.any(axis=1)))
-            raise ValueError(f"prompt {row} has no token: its attention_mask is all zero.")
-        # A stable sort by the mask moves padding to the left and keeps the order of tokens.
-        order = np.argsort(mask, axis=1, kind="stable")
-        return Prompts(
-            jnp.asarray(np.take_along_axis(tokens, order, axis=1), jnp.int32),
-            jnp.asarray(np.take_along_axis(mask, order, axis=1)),
-            jnp.arange(tokens.shape[0], dtype=jnp.int32),
-        )
-
-
-@dataclass(frozen=True)
-class PPOActorCritic:
-    """The models of a run: policy, frozen reference, critic, reward.
-
-    The critic starts on the reward model's trunk where that has the policy's tokenizer, else on
-    the policy's; its head starts at zero.
-
-    Attributes:
-        policy_model: the SFT model.
-        reward_model: a `RewardModel`, a JAX `RewardFn`, or a `PythonReward`.
-        config: settings of the run, those of its `PPOTrainer`.
-        critic_model: a critic of your own (`models.protocol.Critic`).
-        reference_model: what the KL is measured against; None for the policy as it is at the start.
-
-    Raises:
-        ValueError: a policy or reward of another kind; the policy has ids that the reward model,
-            the critic or the reference would read as others.
-    """
-
-    policy_model: CausalLM
-    reward_model: RewardModel | RewardFn | PythonReward
-    config: PPOConfig
-    critic_model: Callable | None = None
-    reference_model: CausalLM | None = None
-
-    def __post_init__(self):
-        if not isinstance(self.policy_model, CausalLM):
-            raise ValueError(
-                f"policy_model must be a CausalLM, such as CausalLM.from_pretrained(path); got "
-                f"{self.policy_model!r}."
-            )
-        if not isinstance(self.reward_model, RewardModel) and not callable(self.reward_model):
-            raise ValueError(
-                "reward_model must be a RewardModel, such as RewardModel.from_pretrained(path), a "
-                f"function of the rollout, or a PythonReward; got {self.reward_model!r}."
-            )
-        size = self.policy_model.config.vocab_size
-        readers = {
-            "reward_model": getattr(self.reward(), "model", None),
-            "critic_model": self.critic_model,
-            "reference_model": getattr(self.reference_model, "model", None),
-        }
-        for name, model in readers.items():
-            # A model of another class does not say how many ids it knows.
-            ours = isinstance(model, ValueModel | LanguageModel)
-            if ours and model.trunk.config.vocab_size < size:
-                raise ValueError(
-                    f"{name} has {model.trunk.config.vocab_size} token ids, but reads those of a "
-                    f"policy that has {size}; give its embedding as many rows, or let a reward "
-                    "model read text: PythonReward(reward_model.score_texts)."
-                )
-
-    @property
-    def critic(self) -> Callable:
-        """The critic before the first update."""
-        if self.critic_model is not None:
-            return self.critic_model
-        reward = self.reward_model
-        if isinstance(reward, RewardModel) and self._reads_ids(reward):
-            return ValueModel.on(reward.model.trunk)
-        return ValueModel.on(self.policy_model.model.trunk)
-
-    def reward(self) -> RewardFn | PythonReward:
-        """The reward as the iteration takes it: in the program, or `PythonReward`."""
-        reward = self.reward_model
-        if isinstance(reward, PythonReward) and reward.tokenizer is None:
-            return PythonReward(reward.score, self.policy_model.tokenizer)
-        if not isinstance(reward, RewardModel):
-            return reward
-        if self._reads_ids(reward):
-            return ModelReward(reward.model)
-        return PythonReward(reward.score_texts, self.policy_model.tokenizer)
-
-    def _reads_ids(self, reward: RewardModel) -> bool:
-        """Whether the policy's token ids are the reward model's."""
-        ours, theirs = self.policy_model.tokenizer, reward.tokenizer
-        return ours is None or theirs is None or ours == theirs
 
 
 class PPOTrainer:
@@ -282,8 +166,8 @@ class PPOTrainer:
 
 def _check_same(config: PPOConfig, of_models: PPOConfig) -> None:
     if of_models != config:
-        names = [field.name for field in fields(config)]
-        names = [name for name in names if getattr(config, name) != getattr(of_models, name)]
+        others = vars(of_models)
+        names = [name for name, value in vars(config).items() if value != others[name]]
         raise ValueError(
             f"the config of the PPOActorCritic differs in {', '.join(names)}; pass one to both."
         )

@@ -1,20 +1,21 @@
-"""A reward model from pairs: of two responses to a prompt, the one that people prefer."""
+"""A reward model from pairs: of two responses to a prompt, people prefer one."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ..models.protocol import Critic
-from .reward_model import bradley_terry_loss, score_sequences, sequence_scores
-from .supervised import Batch, FitConfig, pad_right, shuffled
+from .supervised import Batch, FitConfig, pad_right, padded_batches, shuffled
 
 
 @dataclass(frozen=True)
 class TokenPair:
-    """Prompt and response as token ids, EOS included: the chosen one and the rejected one."""
+    """Two responses to a prompt, as token ids of prompt, response and EOS."""
 
     chosen: Sequence[int]
     rejected: Sequence[int]
@@ -24,14 +25,53 @@ class TokenPair:
         return max(len(self.chosen), len(self.rejected))
 
 
+def bradley_terry_loss(
+    chosen: Float[Array, "*batch"], rejected: Float[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """Negative log-likelihood of a preference under the Bradley-Terry model.
+
+        loss = -log sigmoid(chosen - rejected)
+
+    Source: Bradley & Terry 1952, https://doi.org/10.2307/2334029; Ouyang et al. 2022,
+    https://arxiv.org/abs/2203.02155, equation 1.
+
+    Args:
+        chosen, rejected: scores, reward units.
+
+    Returns:
+        Nats per pair.
+    """
+    return jax.nn.softplus(rejected - chosen)
+
+
+def sequence_scores(
+    model: Critic, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]
+) -> Float[Array, " B"]:
+    """The model's value after the last valid slot of each row, reward units."""
+    slots = jnp.arange(tokens.shape[1])
+    last = jnp.max(jnp.where(mask, slots[None], 0), axis=1)
+    return jnp.take_along_axis(model(tokens, mask), last[:, None], axis=1)[:, 0]
+
+
+def score_sequences(
+    model: Critic, sequences: Sequence[Sequence[int]], *, width: int, batch_size: int = 256
+) -> Float[np.ndarray, " X"]:
+    """`sequence_scores` of many sequences, cut at `width`, in batches of one shape."""
+    scorer = eqx.filter_jit(sequence_scores)
+    scores = [
+        np.asarray(scorer(model, *batch)) for batch in padded_batches(sequences, width, batch_size)
+    ]
+    return np.concatenate(scores)[: len(sequences)]
+
+
 def pair_batches(
     pairs: Sequence[TokenPair], config: FitConfig, rng: np.random.Generator
 ) -> Iterator[tuple[Batch, ...]]:
     """Endless batches of `config.batch_size` pairs, reshuffled every epoch.
 
-    Each is split by length into as many parts as there are widths, each of the narrowest that
-    holds it: a score is of a whole response. The first half of a part's rows are the chosen ones,
-    the second half the rejected ones in the same order.
+    A batch is sorted by length and split into as many parts as there are widths. Each part takes
+    the narrowest width that holds it, because a score is of a whole response. The first half of a
+    part's rows are the chosen responses, the second half the rejected ones in the same order.
 
     Raises:
         ValueError: there are fewer pairs than `config.batch_size`.
@@ -49,7 +89,7 @@ def _batch(pairs: Sequence[TokenPair], widths: Sequence[int]) -> Batch:
 
 
 def preference_loss(model: Critic, parts: tuple[Batch, ...]) -> Float[Array, ""]:
-    """Mean Bradley-Terry loss over the pairs of a batch of `pair_batches`, nats a pair."""
+    """Mean `bradley_terry_loss` over the pairs of a batch of `pair_batches`, nats per pair."""
     losses = []
     for part in parts:
         chosen, rejected = jnp.split(sequence_scores(model, part.tokens, part.mask), 2)

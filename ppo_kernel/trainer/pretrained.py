@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import equinox as eqx
 import jax
@@ -11,10 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..config import GenerationConfig
-from ..io.folders import existing_folder, staged
+from ..io.folders import existing_folder
 from ..io.manifest import Manifest
-from ..io.padding import left_pad
-from ..io.safetensors import WeightFiles, load_weights, save_weights
+from ..io.safetensors import WeightFiles, load_weights
 from ..io.tokenizer import Tokenizer
 from ..models.families.family import Family
 from ..models.families.table import family_named
@@ -23,13 +22,12 @@ from ..models.kernels.causal_attention import attend_causally
 from ..models.transformer import Transformer, TransformerConfig
 from ..rollout.generate import generate
 from ..types import Prompts
+from .model_folder import ModelFolder, check_config, open_folder, save_folder
 from .text_reward import decode
 
-_WIDTH_STEP = 64
 
-
-@dataclass(frozen=True, eq=False)
-class CausalLM:
+@dataclass(frozen=True, eq=False, repr=False)
+class CausalLM(ModelFolder[LanguageModel]):
     """A language model with its tokenizer.
 
     Immutable: `with_model` makes a changed one.
@@ -39,10 +37,6 @@ class CausalLM:
         tokenizer: None where the folder has none.
         manifest: the folder's JSON files.
     """
-
-    model: LanguageModel
-    tokenizer: Tokenizer | None
-    manifest: Manifest
 
     @classmethod
     def init(
@@ -59,7 +53,7 @@ class CausalLM:
             ValueError: the family cannot express `config`, or the vocabulary is too small.
         """
         family = family_named(family) if isinstance(family, str) else family
-        _check(config, tokenizer)
+        check_config(config, tokenizer)
         manifest = Manifest(family, family.describe(config), {})
         return cls(LanguageModel.init(key, config), tokenizer, manifest)
 
@@ -89,9 +83,10 @@ class CausalLM:
             FileNotFoundError: no such folder, or it has no config.json.
             ValueError: a model that is not supported, or tensors that do not fit it.
         """
-        manifest, config, tokenizer = _open(
-            path, attention, param_dtype, compute_dtype, cache_dtype
-        )
+        manifest, config, tokenizer = open_folder(
+            path, attention=attention, param_dtype=param_dtype, compute_dtype=compute_dtype,
+            cache_dtype=cache_dtype,
+        )  # fmt: skip
         weights = manifest.family.causal_lm_weights(config)
         # Some writers store the output matrix of a tied model once more.
         ignored = ("lm_head.weight",) if config.tie_embeddings else ()
@@ -110,11 +105,10 @@ class CausalLM:
         Raises:
             ValueError: the model is no longer of the shape that its config says.
         """
-        _save(self, path)
-
-    def with_model(self, model: LanguageModel) -> "CausalLM":
-        """The same with other parameters."""
-        return replace(self, model=model)
+        weights = self.manifest.family.causal_lm_weights(self.config)
+        save_folder(
+            self, path, shapes=_policy_shapes(self.config), weights=weights, classifier=False
+        )
 
     def generate(
         self,
@@ -141,40 +135,25 @@ class CausalLM:
         Raises:
             ValueError: no tokenizer, a prompt without a token, or a number out of its range.
         """
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer, so it cannot read text.")
-        tokens, mask = _padded(self.tokenizer.encode(prompts), self.pad_token_id)
+        tokens, mask = self.padded(prompts)
         config = GenerationConfig(
             max_new_tokens, self.eos_token_ids, self.pad_token_id, top_k=top_k
         )
         batch = Prompts(tokens, mask, jnp.arange(len(tokens)))
-        rollout = _written(
+        rollout = _generate(
             self.model, batch, key, config=config, temperature=temperature, top_p=top_p
         )
-        return decode(self.tokenizer, rollout.tokens, rollout.mask)
-
-    @property
-    def config(self) -> TransformerConfig:
-        """Sizes and types."""
-        return self.model.trunk.config
+        return decode(self.required_tokenizer(), rollout.tokens, rollout.mask)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every id that ends a response."""
         return self.manifest.eos_token_ids(self.tokenizer)
 
-    @property
-    def pad_token_id(self) -> int:
-        """What unused slots hold; it changes nothing else here."""
-        return self.manifest.pad_token_id(self.tokenizer)
 
-    def __repr__(self) -> str:
-        return _describe(self)
-
-
-@dataclass(frozen=True, eq=False)
-class RewardModel:
-    """A model of one score a sequence: that of its last token.
+@dataclass(frozen=True, eq=False, repr=False)
+class RewardModel(ModelFolder[ValueModel]):
+    """A model of one score per sequence: that of its last token.
 
     Immutable like `CausalLM`.
 
@@ -183,10 +162,6 @@ class RewardModel:
         tokenizer: None where the folder has none.
         manifest: the folder's JSON files.
     """
-
-    model: ValueModel
-    tokenizer: Tokenizer | None
-    manifest: Manifest
 
     @classmethod
     def on(cls, causal_lm: CausalLM) -> "RewardModel":
@@ -211,7 +186,9 @@ class RewardModel:
             FileNotFoundError: no such folder, or it has no config.json.
             ValueError: no classifier, one of several labels, or as in `CausalLM`.
         """
-        manifest, config, tokenizer = _open(path, attention, param_dtype, compute_dtype)
+        manifest, config, tokenizer = open_folder(
+            path, attention=attention, param_dtype=param_dtype, compute_dtype=compute_dtype
+        )
         with WeightFiles(existing_folder(path)) as files:
             if "score.weight" not in files.names:
                 raise ValueError(
@@ -232,11 +209,10 @@ class RewardModel:
         Raises:
             ValueError: the model is no longer of the shape that its config says.
         """
-        _save(self, path)
-
-    def with_model(self, model: ValueModel) -> "RewardModel":
-        """The same with other parameters."""
-        return replace(self, model=model)
+        weights = self.manifest.family.classifier_weights(self.config)
+        save_folder(
+            self, path, shapes=_reward_shapes(self.config), weights=weights, classifier=True
+        )
 
     def score_texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """One score for each prompt with its response, read by this model's own tokenizer.
@@ -250,89 +226,21 @@ class RewardModel:
         Raises:
             ValueError: no tokenizer, lists of different lengths, or a text without a token.
         """
-        if self.tokenizer is None:
-            raise ValueError("this reward model has no tokenizer, so it cannot read text.")
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts for {len(responses)} responses.")
         texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        tokens, mask = _padded(self.tokenizer.encode(texts), self.pad_token_id)
-        scores = _last_values(self.model, tokens, mask)
+        scores = _last_values(self.model, *self.padded(texts))
         return np.asarray(scores, np.float64).tolist()
 
-    @property
-    def config(self) -> TransformerConfig:
-        """Sizes and types."""
-        return self.model.trunk.config
 
-    @property
-    def pad_token_id(self) -> int:
-        """What unused slots hold; transformers finds the last token by it."""
-        return self.manifest.pad_token_id(self.tokenizer)
-
-    def __repr__(self) -> str:
-        return _describe(self)
-
-
-_written = eqx.filter_jit(generate)
-
-
-def _padded(ids: list[list[int]], pad_id: int) -> tuple[Int[Array, "N P"], Bool[Array, "N P"]]:
-    """Left-padded to one of few widths, since each compiles a program."""
-    width = -(-max(map(len, ids), default=1) // _WIDTH_STEP) * _WIDTH_STEP
-    tokens, mask = left_pad(ids, pad_id=pad_id, width=width)
-    return jnp.asarray(tokens), jnp.asarray(mask)
+_generate = eqx.filter_jit(generate)
 
 
 @eqx.filter_jit
-def _last_values(model: ValueModel, tokens: Array, mask: Array) -> Float[Array, " B"]:
+def _last_values(
+    model: ValueModel, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]
+) -> Float[Array, " B"]:
     return model(tokens, mask)[:, -1]
-
-
-def _open(
-    path: str | os.PathLike,
-    attention: Callable,
-    param_dtype: str,
-    compute_dtype: str | None,
-    cache_dtype: str | None = None,
-) -> tuple[Manifest, TransformerConfig, Tokenizer | None]:
-    folder = existing_folder(path)
-    manifest = Manifest.read(folder)
-    compute_dtype = param_dtype if compute_dtype is None else compute_dtype
-    config = manifest.family.to_config(
-        manifest.config,
-        param_dtype=param_dtype,
-        compute_dtype=compute_dtype,
-        cache_dtype=compute_dtype if cache_dtype is None else cache_dtype,
-        attention=attention,
-    )
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    tokenizer = Tokenizer.load(folder) if has_tokenizer else None
-    _check(config, tokenizer)
-    return manifest, config, tokenizer
-
-
-def _check(config: TransformerConfig, tokenizer: Tokenizer | None) -> None:
-    types = (config.param_dtype, config.compute_dtype, config.cache_dtype)
-    if "float64" in types and jnp.result_type(float) != jnp.float64:
-        raise ValueError('float64 needs jax.config.update("jax_enable_x64", True) first.')
-    if tokenizer is not None and tokenizer.num_ids > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.num_ids} ids, but the embedding only "
-            f"{config.vocab_size} rows (vocab_size); resize the embedding, or pass the tokenizer "
-            "that belongs to the model."
-        )
-
-
-def _save(holder: "CausalLM | RewardModel", path: str | os.PathLike) -> None:
-    family, config = holder.manifest.family, holder.config
-    classifier = isinstance(holder, RewardModel)
-    weights = (family.classifier_weights if classifier else family.causal_lm_weights)(config)
-    like = (_reward_shapes if classifier else _policy_shapes)(config)
-    with staged(path) as folder:
-        holder.manifest.write(folder, config, tokenizer=holder.tokenizer, classifier=classifier)
-        if holder.tokenizer is not None:
-            holder.tokenizer.save(folder)
-        save_weights(folder, holder.model, like, weights)
 
 
 def _policy_shapes(config: TransformerConfig) -> LanguageModel:
@@ -341,13 +249,3 @@ def _policy_shapes(config: TransformerConfig) -> LanguageModel:
 
 def _reward_shapes(config: TransformerConfig) -> ValueModel:
     return eqx.filter_eval_shape(lambda: ValueModel.on(Transformer.init(jax.random.key(0), config)))
-
-
-def _describe(holder: CausalLM | RewardModel) -> str:
-    config = holder.config
-    count = sum(x.size for x in jax.tree.leaves(eqx.filter(holder.model, eqx.is_array)))
-    return (
-        f"{type(holder).__name__}({holder.manifest.family.model_type}, {count:,} parameters "
-        f"in {config.param_dtype}, {config.num_layers} layers of width {config.hidden_size}, "
-        f"vocabulary {config.vocab_size}, {holder.tokenizer or 'no tokenizer'})"
-    )

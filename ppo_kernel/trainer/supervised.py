@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -14,8 +15,14 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ..learner.optimizer import matrices
 from ..ops.checks import FRACTION, Range, check_whole
 
-Report = Callable[[int, dict[str, float]], None]
-"""(step, metrics): called every `report_every` steps."""
+
+@runtime_checkable
+class Report(Protocol):
+    """Receives the metrics of a supervised stage."""
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        """Called every `report_every` steps."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class FitConfig:
 
     Attributes:
         num_steps: optimizer steps, at least 2: the first is warm-up.
-        batch_size: sequences a step.
+        batch_size: sequences per step.
         widths: slots of the short and of the long half of a batch; longer sequences are cut.
         learning_rate: the peak; it ends at a twentieth.
         weight_decay: decoupled, on matrices.
@@ -44,10 +51,10 @@ class FitConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self):
-        for name in ("num_steps", "batch_size"):
-            check_whole(name, getattr(self, name))
-        for name in ("learning_rate", "weight_decay"):
-            Range(0).check(name, getattr(self, name))
+        check_whole("num_steps", self.num_steps)
+        check_whole("batch_size", self.batch_size)
+        Range(0).check("learning_rate", self.learning_rate)
+        Range(0).check("weight_decay", self.weight_decay)
         Range(0, above=True).check("max_grad_norm", self.max_grad_norm)
         FRACTION.check("average", self.average)
         if self.num_steps < 2:
@@ -86,6 +93,30 @@ class Batch(eqx.Module):
     targets: Float[Array, " B"]
 
 
+@runtime_checkable
+class SupervisedLoss(Protocol):
+    """A loss of a model on a batch."""
+
+    def __call__(self, model: PyTree, parts: tuple[Batch, ...], /) -> Float[Array, ""]:
+        """Mean over the whole batch."""
+        ...
+
+
+@runtime_checkable
+class Augment(Protocol):
+    """Changes a sequence, at random, each time that it is drawn."""
+
+    def __call__(self, tokens: Sequence[int], rng: np.random.Generator) -> Sequence[int]:
+        """The changed sequence."""
+        ...
+
+
+def unchanged(tokens: Sequence[int], rng: np.random.Generator) -> Sequence[int]:
+    """The sequence as it is: no augmentation."""
+    del rng
+    return tokens
+
+
 def pad_right(sequences: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
     """Sequences cut to `width` and padded with 0: tokens [B, S] and mask [B, S]."""
     lengths = np.minimum([len(s) for s in sequences], width)
@@ -108,13 +139,18 @@ def padded_batches(
 def shuffled(
     count: int, size: int, rng: np.random.Generator, *, what: str
 ) -> Iterator[Int[np.ndarray, " size"]]:
-    """Endless batches of the indices below `count`: each once an epoch, in a new order each.
+    """Endless batches of the indices below `count`: each index once per epoch, reshuffled.
+
+    Where `count` is no multiple of `size`, every epoch leaves out other indices.
 
     Args:
-        count: of what is drawn; where it is no multiple of `size`, each epoch leaves others out.
+        count: number of rows.
         size: of a batch.
         rng: decides the order.
-        what: is drawn, for the error.
+        what: name of the rows, for the error.
+
+    Returns:
+        An iterator over arrays of indices.
 
     Raises:
         ValueError: there are fewer than `size`.
@@ -133,12 +169,12 @@ def batches(
     config: FitConfig,
     rng: np.random.Generator,
     *,
-    augment: Callable[[Sequence[int], np.random.Generator], Sequence[int]] = lambda x, rng: x,
+    augment: Augment = unchanged,
 ) -> Iterator[tuple[Batch, ...]]:
-    """Endless batches, reshuffled every epoch; each split by length into one part a width.
+    """Endless batches, reshuffled every epoch; each split by length into one part per width.
 
-    The parts have fixed shapes, so that each compiles once. `augment` changes a sequence anew
-    every time it is drawn.
+    The parts have fixed shapes, so that each compiles once. `augment` is called on every sequence
+    that is drawn.
 
     Raises:
         ValueError: there are fewer sequences than `config.batch_size`.
@@ -159,9 +195,36 @@ def _batch(rows: Sequence[tuple[Sequence[int], float]], width: int) -> Batch:
     return Batch(jnp.asarray(tokens), jnp.asarray(mask), targets)
 
 
+class _FitState(NamedTuple):
+    trainable: PyTree
+    optimizer: optax.OptState
+    average: PyTree
+
+
+def _compile_step(
+    loss: SupervisedLoss, static: PyTree, config: FitConfig
+) -> Callable[[tuple[Batch, ...], _FitState], tuple[Float[Array, ""], _FitState]]:
+    """The jitted optimizer step; it donates the state."""
+    optimizer = config.optimizer()
+
+    @eqx.filter_jit(donate="all-except-first")
+    def step(batch: tuple[Batch, ...], state: _FitState) -> tuple[Float[Array, ""], _FitState]:
+        value, gradient = jax.value_and_grad(lambda x: loss(eqx.combine(x, static), batch))(
+            state.trainable
+        )
+        # Optax mixes types on purpose; a caller's strict promotion is for our own code.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, moments = optimizer.update(gradient, state.optimizer, state.trainable)
+            trainable = optax.apply_updates(state.trainable, updates)
+            average = optax.incremental_update(trainable, state.average, 1.0 - config.average)
+        return value, _FitState(trainable, moments, average)
+
+    return step
+
+
 def fit(
     model: PyTree,
-    loss: Callable[[PyTree, tuple[Batch, ...]], Float[Array, ""]],
+    loss: SupervisedLoss,
     data: Iterator[tuple[Batch, ...]],
     config: FitConfig,
     *,
@@ -173,11 +236,12 @@ def fit(
 
     Args:
         model: any Equinox model; its inexact arrays are trained.
-        loss: (model, parts of a batch) -> rank-0 loss.
-        data: parts of batches.
+        loss: of the model on a batch.
+        data: batches, each a tuple of parts.
         config: settings.
         report: called with the step and the mean loss since the last call.
-        enough: looks at the model at every report; true ends the training.
+        report_every: steps from one report to the next.
+        enough: called with the model at every report; true ends the training.
 
     Returns:
         The trained model, or the running average of it.
@@ -185,24 +249,12 @@ def fit(
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    optimizer = config.optimizer()
     trainable, static = eqx.partition(model, eqx.is_inexact_array)
+    # The steps donate their state, and the caller's model must outlive them.
     trainable = jax.tree.map(jnp.copy, trainable)
-    state = (trainable, optimizer.init(trainable), jax.tree.map(jnp.copy, trainable))
-
-    @eqx.filter_jit(donate="all-except-first")
-    def step(batch, state):
-        trainable, optimizer_state, average = state
-        value, gradient = jax.value_and_grad(lambda x: loss(eqx.combine(x, static), batch))(
-            trainable
-        )
-        # Optax mixes types on purpose; a caller's strict promotion is for our own code.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, optimizer_state = optimizer.update(gradient, optimizer_state, trainable)
-            trainable = optax.apply_updates(trainable, updates)
-            average = optax.incremental_update(trainable, average, 1.0 - config.average)
-        return value, (trainable, optimizer_state, average)
-
+    average = jax.tree.map(jnp.copy, trainable)
+    state = _FitState(trainable, config.optimizer().init(trainable), average)
+    step = _compile_step(loss, static, config)
     losses = []
     for index in range(1, config.num_steps + 1):
         value, state = step(next(data), state)
@@ -217,6 +269,6 @@ def fit(
                 )
             if report is not None:
                 report(index, {"loss": mean})
-            if enough is not None and enough(eqx.combine(state[0], static)):
+            if enough is not None and enough(eqx.combine(state.trainable, static)):
                 break
-    return eqx.combine(state[2] if config.average else state[0], static)
+    return eqx.combine(state.average if config.average else state.trainable, static)

@@ -13,8 +13,9 @@ from rich.console import Console
 from tokenizers.models import WordLevel
 
 from ppo_kernel.command.display import Display
-from ppo_kernel.command.evaluate import Evaluator, as_prompts, distinct_n
-from ppo_kernel.command.loop import prompt_batches, random_streams
+from ppo_kernel.command.loop import prompt_batches
+from ppo_kernel.command.pipeline import random_streams
+from ppo_kernel.command.report import Evaluator, as_prompts, distinct_n
 from ppo_kernel.command.run_folder import RunFolder
 from ppo_kernel.io.tokenizer import Tokenizer
 from ppo_kernel.trainer.config import PPOConfig

@@ -13,10 +13,9 @@ from rich.console import Console
 from test_pretrained import make_lm, word_tokenizer
 from tokenizers import processors
 
-from ppo_kernel.command.data import TokenExample, load_data
+from ppo_kernel.command.data import Encoder, TokenExample, load_data
 from ppo_kernel.command.display import Display
-from ppo_kernel.command.encoder import Encoder
-from ppo_kernel.command.pipeline import Training
+from ppo_kernel.command.pipeline import Pipeline
 from ppo_kernel.command.run_folder import RunFolder
 from ppo_kernel.command.settings import TrainSettings
 from ppo_kernel.io.tokenizer import Tokenizer
@@ -76,9 +75,9 @@ def settings(folder: Path, output: Path, **changes) -> TrainSettings:
 
 
 def run(chosen: TrainSettings) -> dict[str, float]:
-    training = Training(chosen)
-    with RunFolder(chosen.output, resume=training.config) as folder:
-        return training.run(Display(Console(file=io.StringIO())), folder)
+    pipeline = Pipeline(chosen)
+    with RunFolder(chosen.output, resume=pipeline.config) as folder:
+        return pipeline.run(Display(Console(file=io.StringIO())), folder)
 
 
 def lines(path: Path):
@@ -182,9 +181,9 @@ def test_law_9_stopped_in_and_between_all_stages_is_never_stopped(
             stop_after(patch, owner, name, when)
             with pytest.raises(Stopped):
                 run(chosen)
-            assert not Training(chosen).finished, where
+            assert not Pipeline(chosen).finished, where
     run(chosen)
-    assert Training(chosen).finished
+    assert Pipeline(chosen).finished
     assert steps == [0, 0, 1, 2, 2, 3], "PPO goes on from the newest checkpoint"
     for file in ("sft", "reward_model", "policy"):
         file = f"{file}/model.safetensors"
@@ -200,7 +199,7 @@ def test_what_is_finished_is_not_trained_again(whole, folder, monkeypatch):
     monkeypatch.setattr("ppo_kernel.command.pipeline.fit", fit)
     output, _ = whole
     chosen = settings(folder, output)
-    assert Training(chosen).finished
+    assert Pipeline(chosen).finished
     (output / "policy/model.safetensors").rename(output / "policy/away")
     before = without_times(output / "metrics.jsonl")
     run(chosen)
@@ -219,11 +218,11 @@ def test_another_run_is_refused_by_the_setting_that_differs(whole, folder):
         ({"sft": folder / "pairs.jsonl", "preferences": folder / "pairs.jsonl"}, "response"),
     ):
         with pytest.raises(ValueError, match=message):
-            Training(settings(folder, output, **changes))
+            Pipeline(settings(folder, output, **changes))
     moved = folder / "moved.jsonl"
     moved.write_text((folder / "prompts.jsonl").read_text() + '{"prompt": "w3"}\n')
     with pytest.raises(ValueError, match=r"prompts\.sha256 was"):
-        Training(settings(folder, output, prompts=moved))
+        Pipeline(settings(folder, output, prompts=moved))
 
 
 def test_nothing_is_written_by_settings_that_do_not_fit(folder, tmp_path, monkeypatch):
@@ -245,12 +244,12 @@ def test_nothing_is_written_by_settings_that_do_not_fit(folder, tmp_path, monkey
         ({"preferences": None, "reward_model": folder / "model"}, "has no score.weight"),
     ):
         with pytest.raises(ValueError, match=message):
-            Training(settings(folder, output, **changes))
+            Pipeline(settings(folder, output, **changes))
     monkeypatch.setattr(jax, "device_count", lambda: 5)
     with pytest.raises(ValueError, match="8 prompts do not divide over 5 devices"):
-        Training(settings(folder, output))
+        Pipeline(settings(folder, output))
     with pytest.raises(FileNotFoundError, match="no folder"):
-        Training(settings(folder, output, model=folder / "nowhere"))
+        Pipeline(settings(folder, output, model=folder / "nowhere"))
     assert not output.exists()
 
 

@@ -10,16 +10,15 @@ import pytest
 from rich.console import Console
 
 from ppo_kernel.command.display import Display
-from ppo_kernel.command.loop import random_streams
+from ppo_kernel.command.pipeline import random_streams
 from ppo_kernel.command.run_folder import RunFolder
-from ppo_kernel.demos.arithmetic import (
+from ppo_kernel.demos.arithmetic import ArithmeticSettings, run_arithmetic
+from ppo_kernel.demos.sums import (
     ANSWER_WIDTH,
     PROMPT_WIDTH,
-    ArithmeticSettings,
     exact,
     make_tokenizer,
     question,
-    run_arithmetic,
     solved,
     split_problems,
 )
@@ -48,10 +47,13 @@ SETTINGS = ArithmeticSettings(
 )  # fmt: skip
 
 
+def split_by(settings, rng):
+    return split_problems(settings.operands, settings.sft_share, settings.held_out_share, rng)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_every_problem_is_in_one_part_with_its_mirror(seed):
-    settings = ArithmeticSettings()
-    problems = split_problems(settings, np.random.default_rng(seed))
+    problems = split_by(ArithmeticSettings(), np.random.default_rng(seed))
     parts = [set(problems.sft), set(problems.ppo), set(problems.held_out)]
     assert sum(map(len, parts)) == 90**2 == len(set.union(*parts))
     assert [len(part) for part in parts] == list(
@@ -64,7 +66,7 @@ def test_every_problem_is_in_one_part_with_its_mirror(seed):
 
 def test_the_split_follows_the_generator():
     first, again, other = (
-        split_problems(ArithmeticSettings(), np.random.default_rng(seed)) for seed in (1, 1, 2)
+        split_by(ArithmeticSettings(), np.random.default_rng(seed)) for seed in (1, 1, 2)
     )
     assert first == again
     assert first.held_out != other.held_out
@@ -137,7 +139,7 @@ def test_a_run_leaves_all_its_files(tmp_path, monkeypatch):
     assert 0.0 <= lines[2]["exact"] <= 1.0
     assert figures["exact_after"] == lines[2]["exact"]
     _, (split_rng, *_) = random_streams(3, keys=3, generators=3)
-    held_out = len(split_problems(SETTINGS, split_rng).held_out)
+    held_out = len(split_by(SETTINGS, split_rng).held_out)
     assert figures["held_out_problems"] == held_out
     samples = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 * held_out

@@ -86,3 +86,40 @@ def test_models_of_another_kind_are_refused(models, message, monkeypatch):
     monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
     with pytest.raises(ValueError, match=message):
         PPOActorCritic(*models, **({"config": CONFIG} if len(models) == 2 else {}))
+
+
+NUMBERS = {
+    name: value
+    for name, value in vars(PPOConfig()).items()
+    if isinstance(value, int | float) and not isinstance(value, bool)
+}
+NUMBERS |= dict.fromkeys(("clip_ratio_high", "dual_clip", "kl_target", "top_p", "min_p"))
+NUMBERS |= dict.fromkeys(("score_clip", "per_device_batch_size", "top_k", "decode_slots"))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_is_refused_under_the_name_of_its_setting(name, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    for wrong in ("1e-5", [1.0], float("nan"), True):
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            PPOConfig(**{name: wrong})
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [-1.0, 0.0, 0.5, 1.0, 2.0, float("inf")])
+def test_the_kernel_takes_what_the_config_takes(name, value, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    said = None
+    try:
+        config = PPOConfig(**{name: value})
+    except ValueError as error:
+        said = str(error)
+    else:
+        config.hyperparams()
+    assert said is None or said.startswith(f"{name} must be")
+
+
+def test_an_estimator_that_is_no_function_is_refused(monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=r"^kl_estimator must be a function .*got 'k1'"):
+        PPOConfig(kl_estimator="k1")

@@ -1,47 +1,47 @@
-"""A reward model from human judgements: Bradley-Terry losses and accuracy by margin."""
+"""A reward model from single rated texts: its data, loss, accuracy and the baseline to beat."""
 
 from collections.abc import Sequence
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from ..models.protocol import Critic
-from .supervised import Batch, padded_batches
+from ..trainer.preferences import bradley_terry_loss, sequence_scores
+from ..trainer.supervised import Batch
 
 
-def sequence_scores(
-    model: Critic, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]
-) -> Float[Array, " B"]:
-    """The model's value after the last valid slot of each row, reward units."""
-    slots = jnp.arange(tokens.shape[1])
-    last = jnp.max(jnp.where(mask, slots[None], 0), axis=1)
-    return jnp.take_along_axis(model(tokens, mask), last[:, None], axis=1)[:, 0]
+def augment(tokens: Sequence[int], rng: np.random.Generator, dropped_id: int) -> Sequence[int]:
+    """A text as the reward model sees it in training: often a prefix, always with words dropped.
 
+    PPO shows the model unfinished texts, and 20,000 texts would otherwise be learnt by heart.
 
-def bradley_terry_loss(
-    chosen: Float[Array, "*batch"], rejected: Float[Array, "*batch"]
-) -> Float[Array, "*batch"]:
-    """-log sigmoid(chosen - rejected) per pair.
+    Args:
+        tokens: of a text, BOS first.
+        rng: decides what is cut and dropped.
+        dropped_id: stands where a token is dropped.
 
-    Sources: Bradley & Terry 1952, https://doi.org/10.2307/2334029; Ouyang et al. 2022, eq. 1,
-    https://arxiv.org/abs/2203.02155.
+    Returns:
+        Token ids, BOS kept.
     """
-    return jax.nn.softplus(rejected - chosen)
+    if rng.random() < 0.3 and len(tokens) > 6:
+        tokens = tokens[: int(rng.integers(6, len(tokens)))]
+    missing = rng.random(len(tokens)) < 0.2
+    missing[0] = False
+    return np.where(missing, dropped_id, tokens).tolist()
 
 
 def rated_pairs_loss(
     scores: Float[Array, " B"], ratings: Float[Array, " B"], *, sharpness: float = 1.0
 ) -> Float[Array, ""]:
-    """Bradley-Terry over every pair of a batch, against how sure the raters are.
+    """Bradley-Terry over every pair of a batch, with soft labels from the ratings.
 
         p_ij = sigmoid(sharpness (rating_i - rating_j))
         loss = 2 / (B (B - 1)) * sum over i != j of -p_ij log sigmoid(s_i - s_j)
 
-    A batch of B rated texts gives B (B - 1) ordered pairs from B forward passes; the soft label
-    keeps pairs that people rate alike from counting as if they had been sure.
+    A batch of B rated texts gives B (B - 1) ordered pairs from B forward passes. The soft label
+    keeps pairs with nearly equal ratings from counting as if the raters had been sure.
 
     Args:
         scores: the model's.
@@ -49,7 +49,7 @@ def rated_pairs_loss(
         sharpness: nats of preference per unit of rating.
 
     Returns:
-        Nats a pair.
+        Nats per pair.
     """
     label = jax.nn.sigmoid(sharpness * (ratings[:, None] - ratings[None, :]))
     chosen = jnp.broadcast_to(scores[:, None], label.shape)
@@ -60,27 +60,16 @@ def rated_pairs_loss(
     return jnp.sum(jnp.where(off_diagonal, losses, 0.0)) * 2.0 / max(count, 1)
 
 
-def reward_model_loss(model: Critic, parts: tuple[Batch, ...]) -> Float[Array, ""]:
+def rated_texts_loss(model: Critic, parts: tuple[Batch, ...]) -> Float[Array, ""]:
     """`rated_pairs_loss` over all sequences of a batch; `targets` are the human ratings."""
     scores = [sequence_scores(model, part.tokens, part.mask) for part in parts]
     return rated_pairs_loss(jnp.concatenate(scores), jnp.concatenate([p.targets for p in parts]))
 
 
-def score_sequences(
-    model: Critic, sequences: Sequence[Sequence[int]], *, width: int, batch_size: int = 256
-) -> Float[np.ndarray, " X"]:
-    """Evaluation of many sequences, cut at `width`."""
-    scorer = eqx.filter_jit(sequence_scores)
-    scores = [
-        np.asarray(scorer(model, *batch)) for batch in padded_batches(sequences, width, batch_size)
-    ]
-    return np.concatenate(scores)[: len(sequences)]
-
-
 def pair_accuracy(
     scores: Float[np.ndarray, " X"], ratings: Float[np.ndarray, " X"], *, min_gap: float
 ) -> tuple[float, int]:
-    """Of all pairs whose ratings differ by `min_gap` or more, the share ordered as people do.
+    """Share of the pairs whose ratings differ by `min_gap` or more that the scores order alike.
 
     A tie of scores counts half.
 
@@ -102,15 +91,20 @@ def ridge_baseline(
     vocab_size: int,
     penalty: float = 30.0,
 ) -> Float[np.ndarray, " X"]:
-    """Evaluation of a bag-of-words ridge regression: what a reward model must beat.
+    """Scores of a bag-of-words ridge regression: the baseline of a reward model.
 
-        w = argmin |X w - r|^2 + penalty |w|^2,   X: which tokens a text has, centred ratings r
+        w = argmin |X w - r|^2 + penalty |w|^2
+
+    X [texts, V] says which tokens a text has; the ratings r are centred.
 
     Args:
         train_sequences, train_ratings: token ids and human means to fit.
         sequences: to be scored.
         vocab_size: V, the number of features.
         penalty: of the ridge.
+
+    Returns:
+        One score per sequence.
     """
 
     def features(rows: Sequence[Sequence[int]]) -> Float[np.ndarray, "X V"]:

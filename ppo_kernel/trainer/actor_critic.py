@@ -1,0 +1,91 @@
+"""`PPOActorCritic`: the models of a run, checked against each other."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..evaluation import ModelReward
+from ..models.heads import LanguageModel, ValueModel
+from ..types import RewardFn
+from .config import PPOConfig
+from .pretrained import CausalLM, RewardModel
+from .text_reward import PythonReward
+
+
+@dataclass(frozen=True)
+class PPOActorCritic:
+    """The models of a run: policy, frozen reference, critic, reward.
+
+    The critic starts on the reward model's trunk where that has the policy's tokenizer, else on
+    the policy's; its head starts at zero.
+
+    Attributes:
+        policy_model: the SFT model.
+        reward_model: a `RewardModel`, a JAX `RewardFn`, or a `PythonReward`.
+        config: settings of the run, those of its `PPOTrainer`.
+        critic_model: a critic of your own (`models.protocol.Critic`).
+        reference_model: what the KL is measured against; None for the policy as it is at the start.
+
+    Raises:
+        ValueError: a policy or reward of another kind; the policy has ids that the reward model,
+            the critic or the reference would read as others.
+    """
+
+    policy_model: CausalLM
+    reward_model: RewardModel | RewardFn | PythonReward
+    config: PPOConfig
+    critic_model: Callable | None = None
+    reference_model: CausalLM | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.policy_model, CausalLM):
+            raise ValueError(
+                f"policy_model must be a CausalLM, such as CausalLM.from_pretrained(path); got "
+                f"{self.policy_model!r}."
+            )
+        if not isinstance(self.reward_model, RewardModel) and not callable(self.reward_model):
+            raise ValueError(
+                "reward_model must be a RewardModel, such as RewardModel.from_pretrained(path), a "
+                f"function of the rollout, or a PythonReward; got {self.reward_model!r}."
+            )
+        size, reference = self.policy_model.config.vocab_size, self.reference_model
+        reward = self.reward()
+        readers = {
+            "reward_model": reward.model if isinstance(reward, ModelReward) else None,
+            "critic_model": self.critic_model,
+            "reference_model": None if reference is None else reference.model,
+        }
+        for name, model in readers.items():
+            # A model of another class does not say how many ids it knows.
+            ours = isinstance(model, ValueModel | LanguageModel)
+            if ours and model.trunk.config.vocab_size < size:
+                raise ValueError(
+                    f"{name} has {model.trunk.config.vocab_size} token ids, but reads those of a "
+                    f"policy that has {size}; give its embedding as many rows, or let a reward "
+                    "model read text: PythonReward(reward_model.score_texts)."
+                )
+
+    @property
+    def critic(self) -> Callable:
+        """The critic before the first update."""
+        if self.critic_model is not None:
+            return self.critic_model
+        reward = self.reward_model
+        if isinstance(reward, RewardModel) and self._reads_ids(reward):
+            return ValueModel.on(reward.model.trunk)
+        return ValueModel.on(self.policy_model.model.trunk)
+
+    def reward(self) -> RewardFn | PythonReward:
+        """The reward as the iteration takes it: in the program, or `PythonReward`."""
+        reward = self.reward_model
+        if isinstance(reward, PythonReward) and reward.tokenizer is None:
+            return PythonReward(reward.score, self.policy_model.tokenizer)
+        if not isinstance(reward, RewardModel):
+            return reward
+        if self._reads_ids(reward):
+            return ModelReward(reward.model)
+        return PythonReward(reward.score_texts, self.policy_model.tokenizer)
+
+    def _reads_ids(self, reward: RewardModel) -> bool:
+        """Whether the policy's token ids are the reward model's."""
+        ours, theirs = self.policy_model.tokenizer, reward.tokenizer
+        return ours is None or theirs is None or ours == theirs
