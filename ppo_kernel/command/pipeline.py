@@ -96,7 +96,9 @@ class Pipeline:
         self._given_reward = None if given is None else self._reward_model(given)
         # What PPO would refuse after hours of SFT.
         reward = self._given_reward or RewardModel.on(self._policy)
-        PPOActorCritic(self._policy, reward, settings.ppo)
+        width = self.data.prompt_width
+        new_tokens = settings.ppo.generation(width, (), 0).max_new_tokens
+        PPOActorCritic(self._policy, reward, settings.ppo).check_length(width, new_tokens)
         check_devices(settings.ppo, jax.device_count())
 
     def _causal_lm(self, folder: Path) -> CausalLM:

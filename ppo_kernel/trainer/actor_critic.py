@@ -1,10 +1,11 @@
 """`PPOActorCritic`: the models of a run, checked against each other."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..evaluation import ModelReward
 from ..models.heads import LanguageModel, ValueModel
+from ..models.transformer import TransformerConfig
 from ..types import RewardFn
 from .config import PPOConfig
 from .pretrained import CausalLM, RewardModel
@@ -47,19 +48,11 @@ class PPOActorCritic:
                 "reward_model must be a RewardModel, such as RewardModel.from_pretrained(path), a "
                 f"function of the rollout, or a PythonReward; got {self.reward_model!r}."
             )
-        size, reference = self.policy_model.config.vocab_size, self.reference_model
-        reward = self.reward()
-        readers = {
-            "reward_model": reward.model if isinstance(reward, ModelReward) else None,
-            "critic_model": self.critic_model,
-            "reference_model": None if reference is None else reference.model,
-        }
-        for name, model in readers.items():
-            # A model of another class does not say how many ids it knows.
-            ours = isinstance(model, ValueModel | LanguageModel)
-            if ours and model.trunk.config.vocab_size < size:
+        size = self.policy_model.config.vocab_size
+        for name, config in self._sizes().items():
+            if config.vocab_size < size:
                 raise ValueError(
-                    f"{name} has {model.trunk.config.vocab_size} token ids, but reads those of a "
+                    f"{name} has {config.vocab_size} token ids, but reads those of a "
                     f"policy that has {size}; give its embedding as many rows, or let a reward "
                     "model read text: PythonReward(reward_model.score_texts)."
                 )
@@ -78,12 +71,44 @@ class PPOActorCritic:
         """The reward as the iteration takes it: in the program, or `PythonReward`."""
         reward = self.reward_model
         if isinstance(reward, PythonReward) and reward.tokenizer is None:
-            return PythonReward(reward.score, self.policy_model.tokenizer)
+            return replace(reward, tokenizer=self.policy_model.tokenizer)
         if not isinstance(reward, RewardModel):
             return reward
         if self._reads_ids(reward):
             return ModelReward(reward.model)
         return PythonReward(reward.score_texts, self.policy_model.tokenizer)
+
+    def check_length(self, prompt: int, response: int) -> None:
+        """Refuse sequences with more tokens than a model has positions.
+
+        Args:
+            prompt, response: tokens of the longest.
+
+        Raises:
+            ValueError: names the model and its max_position_embeddings.
+        """
+        for name, config in self._sizes().items():
+            if prompt + response > config.max_positions:
+                raise ValueError(
+                    f"a prompt of {prompt} tokens and {response} new tokens exceed the "
+                    f"max_position_embeddings={config.max_positions} of {name}; shorten the "
+                    "prompts, or lower max_new_tokens or max_seq_len."
+                )
+
+    def _sizes(self) -> dict[str, TransformerConfig]:
+        """Sizes of the models that read the policy's ids; those of another class do not tell."""
+        reward, reference = self.reward(), self.reference_model
+        readers = {
+            "policy_model": self.policy_model.model,
+            "reward_model": reward.model if isinstance(reward, ModelReward) else None,
+            "critic_model": self.critic_model,
+            "reference_model": None if reference is None else reference.model,
+        }
+        return {
+            name: model.trunk.config
+            for name, model in readers.items()
+            if isinstance(model, ValueModel | LanguageModel)
+        }
 
     def _reads_ids(self, reward: RewardModel) -> bool:
         """Whether the policy's token ids are the reward model's."""

@@ -62,14 +62,35 @@ class ModelFolder(Generic[ModelT]):
             raise ValueError("this model has no tokenizer, so it cannot read text.")
         return self.tokenizer
 
-    def padded(self, texts: Sequence[str]) -> tuple[Int[Array, "N P"], Bool[Array, "N P"]]:
+    def padded(
+        self, texts: Sequence[str], *, new_tokens: int = 0
+    ) -> tuple[Int[Array, "N P"], Bool[Array, "N P"]]:
         """Texts as left-padded (tokens, mask), of one of few widths: each compiles a program.
 
+        Args:
+            texts: N of them.
+            new_tokens: that follow them.
+
+        Returns:
+            Token ids, and which slots hold one.
+
         Raises:
-            ValueError: no tokenizer, or a text without a token.
+            ValueError: no tokenizer, a text without a token, more tokens than positions, or
+                parameters that a training step has consumed.
         """
+        if any(x.is_deleted() for x in jax.tree.leaves(eqx.filter(self.model, eqx.is_array))):
+            raise ValueError(
+                "the parameters of this model were consumed by a training step; take the policy "
+                "from the state that it returned (PPOTrainer.policy)."
+            )
         ids = self.required_tokenizer().encode(texts)
-        width = -(-max(map(len, ids), default=1) // _WIDTH_STEP) * _WIDTH_STEP
+        longest, most = max(map(len, ids), default=1), self.config.max_positions
+        if longest + new_tokens > most:
+            raise ValueError(
+                f"a text of {longest} tokens and {new_tokens} new tokens exceed the model's "
+                f"max_position_embeddings={most}; shorten it, or lower max_new_tokens."
+            )
+        width = -(-longest // _WIDTH_STEP) * _WIDTH_STEP
         tokens, mask = left_pad(ids, pad_id=self.pad_token_id, width=width)
         return jnp.asarray(tokens), jnp.asarray(mask)
 

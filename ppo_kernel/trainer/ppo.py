@@ -55,15 +55,19 @@ class PPOTrainer:
         learner: Learner | None = None,
         advantage_estimator: AdvantageEstimator = gae,
     ):
-        if not jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key):
-            raise ValueError("rng_key must be a typed key: jax.random.key(seed), not PRNGKey.")
+        if not isinstance(rng_key, jax.Array) or not jnp.issubdtype(
+            rng_key.dtype, jax.dtypes.prng_key
+        ):
+            raise ValueError(
+                f"rng_key must be a typed key, jax.random.key(seed); got {_legacy(rng_key)}."
+            )
         if mesh is None and jax.device_count() > 1:
             mesh = make_mesh()
         self.config, self.mesh = config, mesh
         self.num_devices = 1 if mesh is None else num_shards("batch", mesh)
         _check_same(config, actor_critic_model.config)
         check_devices(config, self.num_devices)
-        self.policy_model = actor_critic_model.policy_model
+        self._models, self.policy_model = actor_critic_model, actor_critic_model.policy_model
         self.learner = config.learner() if learner is None else learner
         self.advantage_estimator = advantage_estimator
         # Moments lie as the models do: placed first, no device ever holds all of them.
@@ -88,29 +92,29 @@ class PPOTrainer:
 
         A new prompt width compiles a new program; pad to few widths.
 
+        Args:
+            batch: prompts, and the columns that a `PythonReward` takes.
+
         Returns:
-            The metrics, see docs/metrics.md.
+            The metrics, see docs/metrics.md, and those of a `PythonReward`, averaged.
 
         Raises:
             ValueError: a wrong number of prompts, prompts too long, ids outside the vocabulary;
                 scores, log-probabilities, values or parameters that are not finite.
         """
         prompts = batch.prompts()
-        self._check_tokens(prompts)
-        if prompts.tokens.shape[0] != self.config.num_prompts:
-            raise ValueError(
-                f"the batch has {prompts.tokens.shape[0]} prompts; train_batch_size="
-                f"{self.config.train_batch_size} with samples_per_prompt="
-                f"{self.config.samples_per_prompt} takes {self.config.num_prompts}."
-            )
+        self._check(prompts)
         compiled = self._iteration(prompts.tokens.shape[1])
         prompts = place(prompts, self.mesh, "batch")
         hyperparams = place(self.config.hyperparams(self.iteration), self.mesh, "parameter")
         inputs = (self.reference, prompts, hyperparams)
         if isinstance(self.reward, PythonReward):
             collected = compiled.collect(self.state, *inputs)
-            scores = place(self.reward(collected.rollout), self.mesh, "batch")
+            ids = np.asarray(collected.rollout.sample_ids) // self.config.samples_per_prompt
+            scored = self.reward.scored(collected.rollout, batch.columns_of(ids.tolist()))
+            scores = place(scored.scores, self.mesh, "batch")
             self.state, metrics = compiled.learn(self.state, collected, scores, hyperparams)
+            metrics |= {name: jnp.mean(values) for name, values in scored.metrics.items()}
         else:
             self.state, metrics = compiled.step(self.state, *inputs, self.reward)
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -143,14 +147,23 @@ class PPOTrainer:
         """The policy as it is now, whole on every device."""
         return self.policy_model.with_model(place(self.state.policy, self.mesh, None))
 
-    def _check_tokens(self, prompts: Prompts) -> None:
-        size = self.policy_model.config.vocab_size
-        tokens = np.asarray(prompts.tokens)[np.asarray(prompts.mask)]
+    def _check(self, prompts: Prompts) -> None:
+        """Refuse a wrong number of prompts, and tokens or lengths that the models do not know."""
+        config, count = self.config, len(prompts.tokens)
+        if count != config.num_prompts:
+            raise ValueError(
+                f"the batch has {count} prompts; train_batch_size={config.train_batch_size} with "
+                f"samples_per_prompt={config.samples_per_prompt} takes {config.num_prompts}."
+            )
+        mask, size = np.asarray(prompts.mask), self.policy_model.config.vocab_size
+        tokens = np.asarray(prompts.tokens)[mask]
         if tokens.min() < 0 or tokens.max() >= size:
             bad = tokens.min() if tokens.min() < 0 else tokens.max()
             raise ValueError(
                 f"input_ids has id {bad}, outside of the policy's vocabulary of {size} tokens."
             )
+        new = config.generation(mask.shape[1], (), 0).max_new_tokens
+        self._models.check_length(int(mask.sum(axis=1).max()), new)
 
     def _iteration(self, width: int) -> CompiledIteration:
         if width not in self._compiled:
@@ -162,6 +175,13 @@ class PPOTrainer:
                 advantage_estimator=self.advantage_estimator,
             )  # fmt: skip
         return self._compiled[width]
+
+
+def _legacy(key: object) -> str:
+    """What was given in the place of a typed key."""
+    if isinstance(key, jax.Array | np.ndarray):
+        return f"the legacy key of PRNGKey(seed), {key.dtype}{list(key.shape)}"
+    return repr(key)
 
 
 def _check_same(config: PPOConfig, of_models: PPOConfig) -> None:

@@ -133,12 +133,13 @@ class CausalLM(ModelFolder[LanguageModel]):
             The responses, without special tokens, in the same order.
 
         Raises:
-            ValueError: no tokenizer, a prompt without a token, or a number out of its range.
+            ValueError: no tokenizer, a prompt without a token, more tokens than the model has
+                positions, a number out of its range, or parameters that a training step consumed.
         """
-        tokens, mask = self.padded(prompts)
         config = GenerationConfig(
             max_new_tokens, self.eos_token_ids, self.pad_token_id, top_k=top_k
         )
+        tokens, mask = self.padded(prompts, new_tokens=max_new_tokens)
         batch = Prompts(tokens, mask, jnp.arange(len(tokens)))
         rollout = _generate(
             self.model, batch, key, config=config, temperature=temperature, top_p=top_p
