@@ -23,12 +23,11 @@ _CHECK = "check"
 def _number(default: float | None, limits: Range, *, optional: bool = False) -> Any:
     """A field for a number; None is allowed where it is the default, or `optional`."""
 
-    def check(name: str, value: Any) -> None:
-        if value is None and (optional or default is None):
-            return
-        if np.ndim(value) != 0:
+    def check(name: str, value: float | None) -> None:
+        if value is not None and np.ndim(value) != 0:
             raise ValueError(f"{name} must be one number, got {value!r}.")
-        limits.check(name, value)
+        if value is not None or not (optional or default is None):
+            limits.check(name, value)
 
     return field(default=default, metadata={_CHECK: check})
 
