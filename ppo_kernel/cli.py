@@ -47,7 +47,11 @@ def demo(arguments: Demo) -> None:
     name = f"{arguments.task.value}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = arguments.output or Path("runs") / name
     start = time.monotonic()
-    with RunFolder(folder) as run, Display() as display:
+    try:
+        run_folder = RunFolder(folder)
+    except ValueError as error:
+        sys.exit(f"ppo-kernel demo: {error}")
+    with run_folder as run, Display() as display:
         display.print(f"{arguments.task.value} on {device_description()}, writing to {folder}")
         run_task(display, run, seed=arguments.seed)
         display.print(f"{time.monotonic() - start:.0f} s; {folder} has the curves and the models")
@@ -66,9 +70,10 @@ def train(settings: TrainSettings) -> None:
         if pipeline.finished:
             print(f"{folder} is finished: {folder / 'policy'} has the policy")
             return
-    except (ValueError, FileNotFoundError) as error:
+        run_folder = RunFolder(folder, resume=pipeline.config)
+    except (ValueError, OSError) as error:
         sys.exit(f"ppo-kernel train: {error}")
-    with RunFolder(folder, resume=pipeline.config) as run, Display() as display:
+    with run_folder as run, Display() as display:
         display.print(f"training on {device_description()}, writing to {folder}")
         for note in (pipeline.data.summary(), *pipeline.data.notes):
             display.print(note)
@@ -92,7 +97,10 @@ def _main(arguments: list[str]) -> None:
 
     chosen = choose({"train": flags_of(TrainSettings), "demo": Demo}, arguments)
     if isinstance(chosen, Demo):
-        demo(chosen)
+        try:
+            demo(chosen)
+        except OSError as error:
+            sys.exit(f"ppo-kernel demo: {error}")
         return
     try:
         settings = settings_of(TrainSettings, chosen)
@@ -100,7 +108,7 @@ def _main(arguments: list[str]) -> None:
         sys.exit(f"ppo-kernel train: {error}")
     try:
         train(settings)
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         sys.exit(f"ppo-kernel train: {error}")
     except KeyboardInterrupt:
         command = shlex.join(["ppo-kernel", *arguments])

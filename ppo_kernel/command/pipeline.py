@@ -20,7 +20,7 @@ from .data import load_data
 from .display import Display
 from .loop import PPOStage, run_ppo
 from .report import Evaluator, as_prompts, compare, held_out_metrics, print_comparison, sample_rows
-from .run_folder import RunFolder, check_same_run, reporter
+from .run_folder import RunFolder, check_output, check_same_run, reporter
 from .settings import TrainSettings
 
 
@@ -58,6 +58,8 @@ class Pipeline:
         self._ppo_key, self._evaluator_key = keys
         split_rng, self._sft_rng, self._reward_rng, self._prompt_rng = generators
         self.settings, self.folder = settings, settings.output
+        _check_apart(settings)
+        check_output(self.folder)
         self.data = load_data(settings, split_rng)
         self.config = settings.as_json(self.data.digests)
         check_same_run(self.folder, self.config)
@@ -188,3 +190,14 @@ class Pipeline:
             config=replace(generation, samples_per_prompt=1, decode_slots=None),
             key=self._evaluator_key,
         )
+
+
+def _check_apart(settings: TrainSettings) -> None:
+    """Refuse a model that lies in the output folder: the run would write over it."""
+    output = settings.output.expanduser().resolve()
+    for name, path in (("model", settings.model), ("reward_model", settings.reward_model)):
+        if path is not None and path.expanduser().resolve().is_relative_to(output):
+            raise ValueError(
+                f"{name}={path} lies in output={settings.output}, where the run would write over "
+                "it; choose another output folder."
+            )

@@ -1,12 +1,14 @@
 """A run on disk: configuration, metrics, TensorBoard events, samples, curves, models."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tensorboardX import SummaryWriter
 
@@ -24,33 +26,42 @@ CURVES = {
 """Metric of the `ppo` stage -> title of its panel in `curves.png`."""
 
 _NO_METRICS = ("stage", "step", "time_s")
+_LOCK = "run.lock"
+_FILES = (
+    *(_LOCK, "config.json", "metrics.jsonl", "samples.jsonl", "events.out.tfevents.*"),
+    *(f"{name}.png" for name in ("curves", *CURVES)),
+    *("sft", "reward_model", "policy", "checkpoint"),
+    *(".config.json", ".metrics.jsonl", ".samples.jsonl", ".saving-*", ".replaced-*"),
+)
+"""Everything that a run writes into its folder, with what a killed one may leave."""
 
 
 class RunFolder:
     """Writes one run; a context manager.
 
-    Files: `config.json`, `metrics.jsonl` (one line a report: stage, step, time, metrics),
-    TensorBoard events, `samples.jsonl`, `curves.png` and one PNG a curve; models and checkpoints
-    go into sub-folders by their own writers.
+    Files: `config.json`, `metrics.jsonl` (one line per report: stage, step, time, metrics),
+    TensorBoard events, `samples.jsonl`, `curves.png` and one PNG per curve; models and checkpoints
+    go into sub-folders by their own writers. `run.lock` keeps other processes out while this one
+    writes; the system releases it when the process ends, however it ends.
 
     Args:
         path: the folder.
-        resume: settings of the run, for a folder that may have the beginning of it; they are its
-            `config.json`. None refuses a folder with a run.
+        resume: settings of the run, written to its `config.json`; a folder with the beginning of
+            the same run is continued. None takes an empty folder only.
 
     Raises:
-        ValueError: the folder has a run in it already, or one of other settings.
+        ValueError: the folder has a run of other settings, or anything that no run has written;
+            or another process writes to it.
     """
 
     def __init__(self, path: str | Path, *, resume: Mapping[str, Any] | None = None):
         self.path = Path(path)
         self._file = self.path / "metrics.jsonl"
+        check_output(self.path, empty=resume is None)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.path)
         if resume is not None:
             check_same_run(self.path, resume)
-        elif self._file.exists():
-            raise ValueError(f"{self.path} has a run in it; choose another folder or delete it.")
-        self.path.mkdir(parents=True, exist_ok=True)
-        if resume is not None:
             self.config(**resume)
         self._lines = _read_lines(self._file)
         self._start = time.monotonic() - (self._lines[-1]["time_s"] if self._lines else 0.0)
@@ -61,6 +72,7 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self._close()
+        self._lock.close()
 
     def config(self, **settings: Any) -> None:
         """Write `config.json`; dataclasses become dictionaries, functions their names."""
@@ -131,6 +143,49 @@ def reporter(stage: str, num_steps: int, *, display: Display, run: RunFolder) ->
         run.metrics(name, step, metrics)
 
     return report
+
+
+def check_output(path: Path, *, empty: bool = False) -> None:
+    """Refuse a folder with anything that no run has written, before something is overwritten.
+
+    Args:
+        path: of the folder, which need not exist.
+        empty: refuse a run too.
+
+    Raises:
+        ValueError: names a file that is there.
+    """
+    if path.is_file():
+        raise ValueError(f"{path} is a file; choose a folder for the run.")
+    found = sorted(x.name for x in path.iterdir()) if path.is_dir() else []
+    if empty and found:
+        raise ValueError(f"{path} is not empty, it has {found[0]}; choose another folder.")
+    foreign = [name for name in found if not any(fnmatch(name, known) for known in _FILES)]
+    if found and _LOCK not in found:
+        foreign = foreign or found
+    if foreign:
+        raise ValueError(
+            f"{path} has {foreign[0]}, which no run of ppo-kernel has written; choose a new folder "
+            "for the run."
+        )
+
+
+def _locked(path: Path) -> TextIO:
+    """The open lock file of the folder: held until it is closed, or the process ends."""
+    lock = (path / _LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().strip()
+        lock.close()
+        raise ValueError(
+            f"process {owner} is writing to {path}; wait for it, or choose another folder."
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
 
 
 def check_same_run(path: Path, settings: Mapping[str, Any]) -> None:

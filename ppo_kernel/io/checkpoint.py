@@ -12,20 +12,33 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from .folders import not_saved
+
 
 def save_checkpoint(path: str | os.PathLike, state: PyTree) -> None:
     """Write every array of `state` to the folder `path`, whole or not at all.
 
     An existing checkpoint at `path` is replaced when the new one is complete: a save that fails or
     is killed leaves the old one to `load_checkpoint`. Two are on disk for that time.
+
+    Raises:
+        OSError: the checkpoint cannot be written, as on a full disk.
     """
     folder = Path(path).resolve()
     arrays = _storable(eqx.filter(state, eqx.is_array))
-    # Orbax replaces a checkpoint by deleting it first, so the new one is written beside it.
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(_beside(folder, "saving"), arrays, force=True)
-    if jax.process_index() == 0:
-        _publish(folder)
+    # Orbax reports a full disk as a ValueError of its storage library.
+    with not_saved(folder, ValueError):
+        try:
+            # Orbax replaces a checkpoint by deleting it first, so the new one is written beside it.
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(_beside(folder, "saving"), arrays, force=True)
+        except Exception:
+            # Half a checkpoint would keep a full disk full.
+            for left in folder.parent.glob(f"{_beside(folder, 'saving').name}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            raise
+        if jax.process_index() == 0:
+            _publish(folder)
     # No process goes on, to a load perhaps, before the checkpoint is in its place.
     multihost_utils.sync_global_devices(f"save_checkpoint {folder}")
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -63,14 +65,39 @@ def staged(path: str | os.PathLike) -> Iterator[Path]:
 
     A failure or a kill while the files are written leaves what was at `path` as it was. Other
     files there stay, except weights that the new ones supersede.
+
+    Raises:
+        OSError: the files cannot be written, as on a full disk.
     """
     folder = Path(path).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    # Inside the folder, so that moving a file is a rename, never a copy between file systems.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
-        scratch = Path(name)
-        yield scratch
-        _publish(scratch, folder)
+    with not_saved(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Inside the folder, so that moving a file is a rename, never a copy between file systems.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
+            scratch = Path(name)
+            yield scratch
+            _publish(scratch, folder)
+
+
+@contextmanager
+def not_saved(path: Path, *others: type[Exception]) -> Iterator[None]:
+    """Says in one line that `path` could not be written, and that the save before it is kept.
+
+    Args:
+        path: of the folder that is saved.
+        others: what else than OSError the writer raises for a full disk.
+
+    Raises:
+        OSError: in the place of the error.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, *others) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"cannot save {path}: {reason}. What was saved there before is kept; free space, or "
+            "make the folder writable, and save again."
+        ) from error
 
 
 def _publish(scratch: Path, folder: Path) -> None:

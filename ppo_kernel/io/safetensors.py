@@ -134,8 +134,13 @@ def save_weights(
 
     def flush() -> None:
         files.append(list(pending))
+        part = folder / _part(len(files))
+        part.touch()
+        mode = part.stat().st_mode
         metadata = {"format": "pt"}  # transformers refuses files without it
-        save_file(pending, folder / _part(len(files)), metadata=metadata)
+        save_file(pending, part, metadata=metadata)
+        # The library makes files that the user alone may read, whatever the umask.
+        part.chmod(mode)
         pending.clear()
 
     total = 0

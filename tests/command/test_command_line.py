@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from test_pretrained import make_lm, word_tokenizer
+from small_models import make_lm, word_tokenizer
 
 from ppo_kernel import cli
 from ppo_kernel.command.flags import attribute_help

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from test_pretrained import make_lm, word_tokenizer
+from small_models import make_lm, word_tokenizer
 from tokenizers import processors
 
 from ppo_kernel.command.data import Encoder, TokenExample, load_data

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_pretrained import CONFIG, make_lm, word_tokenizer
+from small_models import CONFIG, make_lm, word_tokenizer
 
 from ppo_kernel import (
     PPOActorCritic,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_pretrained import make_lm, word_tokenizer
+from small_models import make_lm, word_tokenizer
 
 from ppo_kernel import GenerationConfig, Prompts, generate
 from ppo_kernel.trainer.text_reward import decode
