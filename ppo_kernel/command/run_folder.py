@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TextIO
@@ -59,13 +60,15 @@ class RunFolder:
         self._file = self.path / "metrics.jsonl"
         check_output(self.path, empty=resume is None)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.path)
-        if resume is not None:
-            check_same_run(self.path, resume)
-            self.config(**resume)
-        self._lines = _read_lines(self._file)
-        self._start = time.monotonic() - (self._lines[-1]["time_s"] if self._lines else 0.0)
-        self._open()
+        with ExitStack() as stack:
+            stack.enter_context(_locked(self.path))
+            if resume is not None:
+                check_same_run(self.path, resume)
+                self.config(**resume)
+            self._lines = _read_lines(self._file)
+            self._start = time.monotonic() - (self._lines[-1]["time_s"] if self._lines else 0.0)
+            self._open()
+            self._lock = stack.pop_all()
 
     def __enter__(self) -> "RunFolder":
         return self

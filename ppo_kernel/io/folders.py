@@ -95,7 +95,7 @@ def not_saved(path: Path, *others: type[Exception]) -> Iterator[None]:
     except (OSError, SafetensorError, *others) as error:
         reason = " ".join(str(error).split())
         raise OSError(
-            f"cannot save {path}: {reason}. What was saved there before is kept; free space, or "
+            f"cannot save {path}: {reason}. What was saved before is as it was; free space, or "
             "make the folder writable, and save again."
         ) from error
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from ppo_kernel.command.flags import attribute_help
 from ppo_kernel.command.settings import TrainSettings
 from ppo_kernel.ops.kl import k3
 from ppo_kernel.trainer.config import PPOConfig
-from ppo_kernel.trainer.pretrained import CausalLM
+from ppo_kernel.trainer.pretrained import CausalLM, RewardModel
 
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
@@ -164,3 +165,54 @@ def test_a_mistake_in_the_data_is_one_line(files):
     (line,) = done.stderr.splitlines()
     assert line.endswith('wrong.jsonl, line 1: has no "rejected", only "prompt", "chosen"; add it.')
     assert not (files / "none").exists()
+
+
+@pytest.mark.parametrize("kind", ["model", "reward_model"])
+def test_an_output_that_is_a_model_folder_is_refused_as_it_is(kind, files, chosen):
+    folder = files / kind
+    if kind == "reward_model":
+        RewardModel.on(CausalLM.from_pretrained(files / "model")).save_pretrained(folder)
+    before = {x.name: x.read_bytes() for x in folder.iterdir()}
+    reward = (
+        ("--preferences", files / "pairs.jsonl")
+        if kind == "model"
+        else ("--reward-model", files / "reward_model")
+    )
+    settings = chosen(
+        "--model", str(files / "model"), "--prompts", str(files / "prompts.txt"),
+        "--output", str(folder), *map(str, reward),
+    )  # fmt: skip
+    with pytest.raises(SystemExit, match=f"^ppo-kernel train: {kind}=.* lies in output="):
+        cli.train(settings)
+    assert {x.name: x.read_bytes() for x in folder.iterdir()} == before
+
+
+def test_an_output_with_files_of_a_user_is_refused_before_the_data_is_read(files, tmp_path, chosen):
+    (tmp_path / "notes.txt").write_text("mine")
+    settings = chosen(*NEEDED[:4], "--output", str(tmp_path), "--preferences", "none.jsonl")
+    with pytest.raises(SystemExit, match=r"^ppo-kernel train: .* has notes\.txt, which no run"):
+        cli.train(settings)
+    assert [x.name for x in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(files, tmp_path):
+    output = tmp_path / "run"
+    command = call(
+        "train", "--model", files / "model", "--prompts", files / "prompts.txt", "--preferences",
+        files / "pairs.jsonl", "--output", output, "--reward-fit.num-steps", 4,
+        "--reward-fit.batch-size", 4, "--ppo.train-batch-size", 4, "--ppo.max-new-tokens", 4,
+        "--num-iterations", 1,
+    )  # fmt: skip
+    # No compilation cache: its files would be too large as well.
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    limited = f"ulimit -f 8; exec {shlex.join(command)}"
+    full = subprocess.run(
+        ["bash", "-c", limited], capture_output=True, text=True, env=environment, check=False
+    )
+    assert full.returncode == 1
+    (line,) = full.stderr.splitlines()
+    assert line.startswith(f"ppo-kernel train: cannot save {output / 'reward_model'}: ")
+    assert "File too large" in line
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    CausalLM.from_pretrained(output / "policy")

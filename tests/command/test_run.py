@@ -72,7 +72,7 @@ def test_a_run_folder_holds_the_whole_run(tmp_path):
     assert lines[2]["reward"] == pytest.approx(0.3)
     assert json.loads((tmp_path / "run/samples.jsonl").read_text())["prompt"] == "é"
     assert list((tmp_path / "run").glob("events.*"))
-    with pytest.raises(ValueError, match="has a run in it"):
+    with pytest.raises(ValueError, match=r"is not empty, it has config\.json"):
         RunFolder(tmp_path / "run")
 
 

@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -82,3 +84,61 @@ def test_only_a_run_with_metrics_can_be_another_one(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"run without config\.json"):
         check_same_run(tmp_path, SETTINGS)
+
+
+def contents(folder):
+    return {x.name: x.read_bytes() for x in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "notes.txt"])
+@pytest.mark.parametrize("resume", [None, SETTINGS], ids=["new", "resumed"])
+def test_a_folder_that_no_run_has_written_is_refused_as_it_is(name, resume, tmp_path):
+    (tmp_path / name).write_text("{}")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"has {name}.* choose a"):
+        RunFolder(tmp_path, resume=resume)
+    assert contents(tmp_path) == before
+
+
+def test_a_run_with_a_file_of_somebody_else_is_refused_as_it_is(tmp_path):
+    written(tmp_path, [("ppo", 1)])
+    (tmp_path / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"has notes\.txt, which no run of ppo-kernel has written"):
+        RunFolder(tmp_path, resume=SETTINGS)
+    assert contents(tmp_path) == before
+    with pytest.raises(ValueError, match="is a file; choose a folder"):
+        RunFolder(tmp_path / "notes.txt", resume=SETTINGS)
+
+
+HOLD = """
+import sys, time
+from ppo_kernel.command.run_folder import RunFolder
+run = RunFolder(sys.argv[1], resume={"seed": 0, "fit": {"widths": (3, 4)}})
+run.metrics("ppo", 1, {"loss": 1.0})
+print("holding", flush=True)
+time.sleep(300)
+"""
+
+
+def test_two_processes_cannot_write_one_run_and_a_killed_one_leaves_no_lock(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "holding\n"
+        before = contents(tmp_path)
+        with pytest.raises(ValueError, match=f"process {process.pid} is writing to {tmp_path}"):
+            RunFolder(tmp_path, resume=SETTINGS)
+        assert contents(tmp_path) == before
+        process.kill()
+        process.wait()
+        assert written(tmp_path, [("ppo", 2)]) == [("ppo", 1), ("ppo", 2)]
+
+
+def test_one_process_writes_a_run_once_at_a_time(tmp_path):
+    with RunFolder(tmp_path, resume=SETTINGS) as run:
+        run.metrics("ppo", 1, {"loss": 1.0})
+        with pytest.raises(ValueError, match="is writing to"):
+            RunFolder(tmp_path, resume=SETTINGS)
+        run.metrics("ppo", 2, {"loss": 1.0})
+    assert written(tmp_path) == [("ppo", 1), ("ppo", 2)]
