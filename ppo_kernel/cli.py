@@ -13,7 +13,7 @@ _EXTRA = ("tyro", "rich", "tensorboardX", "matplotlib", "vaderSentiment", "reque
 
 
 class Task(enum.Enum):
-    """What `demo` trains."""
+    """The jobs of `demo`."""
 
     sentiment = "sentiment"
     arithmetic = "arithmetic"
@@ -26,7 +26,7 @@ class Demo:
     task: Task = Task.sentiment
     """sentiment: movie-review snippets and human judgements. arithmetic: a reward in Python."""
     seed: int = 0
-    """Everything random follows from it."""
+    """Of all randomness."""
     output: Path | None = None
     """The run folder; by default runs/<task>-<time>."""
 
@@ -58,7 +58,7 @@ def demo(arguments: Demo) -> None:
 
 
 def train(settings: TrainSettings) -> None:
-    """Run what the output folder does not have yet, with a live view."""
+    """Run the stages that the output folder does not have yet, with a live view."""
     from .command.display import Display
     from .command.pipeline import Pipeline
     from .command.report import device_description

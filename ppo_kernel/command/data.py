@@ -1,4 +1,4 @@
-"""The files of a training as token ids, split and checked before any model is loaded."""
+"""The data files of a run as token ids, split and checked before any model is loaded."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from .settings import TrainSettings
 
 _WIDTH_STEP = 32
 _MOST_HELD_OUT = {"prompts": 64, "examples": 512, "pairs": 2048}
-"""More would say little more, and take time from training."""
+"""Upper bounds; more rows would take time and hardly sharpen the figures."""
 
 T = TypeVar("T")
 
 
 class Encoder:
-    """Prompts, texts and responses as token ids of one policy.
+    """Text -> token ids of one policy: prompts, whole texts, responses.
 
     Args:
         folder: of the policy.
@@ -46,30 +46,30 @@ class Encoder:
         self.eos_id = own if own in ids else ids[0]
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each with what the tokenizer puts in front of a text: BOS, once.
+        """Ids of prompts, with BOS once where the tokenizer adds one.
 
-        A prompt from a chat template spells it out already.
+        The text of a chat template spells BOS out already, so that it would stand twice.
         """
         bos = self.tokenizer.bos_id
         rows = self.tokenizer.encode(texts)
         return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in rows]
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each as a prompt, and EOS."""
+        """Ids of whole texts: as prompts, with EOS."""
         return [self._ended(ids) for ids in self.prompts(texts)]
 
     def responses(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each as it continues a prompt, and EOS."""
+        """Ids of responses, which continue a prompt, with EOS."""
         return [self._ended(ids) for ids in self.tokenizer.encode(texts, add_special_tokens=False)]
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """With EOS, unless the text spells it out."""
+        """`ids` with EOS, unless the text spells it out."""
         return ids if ids[-1:] == [self.eos_id] else [*ids, self.eos_id]
 
 
 @dataclass(frozen=True)
 class TokenExample:
-    """Token ids of a prompt, which is only read (`num_read`), its response and EOS."""
+    """Token ids of a prompt, its response and EOS; the first `num_read` are context only."""
 
     ids: list[int]
     num_read: int
@@ -81,7 +81,7 @@ class TokenExample:
 
 @dataclass(frozen=True)
 class Split(Generic[T]):
-    """Rows to train on, and others to be judged on; none where there is no file."""
+    """Rows to train on and rows to evaluate on; both empty where there is no file."""
 
     train: list[T]
     held_out: list[T]
@@ -93,7 +93,7 @@ class Split(Generic[T]):
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What the stages read, as token ids.
+    """Token ids for all stages.
 
     Attributes:
         tokenizer: of the policy.
@@ -102,7 +102,7 @@ class TrainingData:
         pairs: of the reward model.
         sft_fit, reward_fit: settings of the stages, no wider than the data.
         digests: SHA-256 of each file.
-        notes: what was left out or cut, a line each.
+        notes: one line for each file with rows that were left out or cut.
     """
 
     tokenizer: Tokenizer
@@ -120,7 +120,7 @@ class TrainingData:
         return max(map(len, self.prompts.train + self.prompts.held_out))
 
     def summary(self) -> str:
-        """What the stages train on, and how often, in a line."""
+        """One line: rows of each stage, and how often each row is seen."""
         parts = [f"{self.prompts.describe('prompts')} of up to {self.prompt_width} tokens"]
         for stage, what, split, config in (
             ("SFT", "examples", self.examples, self.sft_fit),
@@ -181,7 +181,7 @@ def load_data(settings: TrainSettings, rng: np.random.Generator) -> TrainingData
 def _prompts(
     texts: Sequence[str], settings: TrainSettings, encoder: Encoder
 ) -> tuple[list[list[int]], str]:
-    """Those that leave room for a response, and a note on the others."""
+    """The prompts that leave slots for a response, and a note on the others."""
     longest = settings.ppo.max_seq_len - (settings.ppo.max_new_tokens or 1)
     rows = [ids for ids in encoder.prompts(texts) if 0 < len(ids) <= longest]
     note = (
@@ -194,7 +194,7 @@ def _prompts(
 def _examples(
     examples: Sequence[Example], settings: TrainSettings, encoder: Encoder
 ) -> tuple[list[TokenExample], str]:
-    """Those with something to imitate once they are cut, and a note on what is cut."""
+    """The examples with a response token left after the cut, and a note on what is cut."""
     prompts = encoder.prompts([example.prompt or "" for example in examples])
     responses = encoder.responses([example.response for example in examples])
     texts = encoder.texts([example.response for example in examples])
@@ -216,7 +216,7 @@ def _examples(
 def _pairs(
     preferences: Sequence[Preference], settings: TrainSettings, encoder: Encoder
 ) -> tuple[list[TokenPair], str]:
-    """Those that fit, for of a cut response nobody knows the score; and a note on the others."""
+    """The pairs that fit, because a preference is of whole responses; and a note on the others."""
     prompts = encoder.prompts([pair.prompt for pair in preferences])
     chosen = encoder.responses([pair.chosen for pair in preferences])
     rejected = encoder.responses([pair.rejected for pair in preferences])
@@ -238,7 +238,7 @@ def _split(rows: Sequence[T], share: float, most: int, rng: np.random.Generator)
 
 
 def _no_wider(config: FitConfig, rows: Sequence[TokenExample] | Sequence[TokenPair]) -> FitConfig:
-    """The settings with widths no larger than the longest row needs; a few sizes for many data."""
+    """The settings with widths no larger than the longest row, rounded up to few sizes."""
     longest = -(-max(map(len, rows), default=1) // _WIDTH_STEP) * _WIDTH_STEP
     return replace(config, widths=tuple(min(width, longest) for width in config.widths))
 

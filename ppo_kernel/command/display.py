@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on."""
+"""The live view of a run: progress bars and the newest metrics."""
 
 import time
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ _SHOWN = {
 
 
 class Display:
-    """A live view: one bar a stage and the newest metrics. A context manager.
+    """A live view: one bar per stage and the newest metrics. A context manager.
 
     On a terminal it redraws in place; elsewhere it prints a line every few seconds, so that a
     log file stays readable.

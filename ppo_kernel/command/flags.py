@@ -1,4 +1,4 @@
-"""Settings as flags of a command line, their help taken from the docstrings."""
+"""Settings as flags of a command line, with help from the docstrings."""
 
 import inspect
 import re
@@ -11,7 +11,7 @@ from ..ops.kl import k1, k2, k3
 
 _ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 _HIDDEN = {"learning_rate_schedule", "sft_model_path", "reward_model_path"}
-"""Settings that a line of text cannot say, or that other flags say."""
+"""Settings without a flag: functions, and paths that other flags have."""
 
 
 def choose(commands: dict[str, type], arguments: list[str]) -> Any:
@@ -30,10 +30,10 @@ def choose(commands: dict[str, type], arguments: list[str]) -> Any:
 
 
 def flags_of(cls: type, default: Any = None) -> type:
-    """A dataclass with the settings of `cls` that a command line can say.
+    """A dataclass with those settings of `cls` that have a flag.
 
     Args:
-        cls: a dataclass, with an `Attributes:` section that says what each setting means.
+        cls: a dataclass whose docstring has an `Attributes:` section.
         default: whose values are the defaults; None takes those of `cls`.
     """
     helps = attribute_help(cls)
@@ -44,7 +44,7 @@ def flags_of(cls: type, default: Any = None) -> type:
 
 
 def settings_of(cls: type, flags: Any) -> Any:
-    """The settings that the flags of `flags_of` say.
+    """An instance of `cls` from the flags of `flags_of(cls)`.
 
     Raises:
         ValueError: a value is out of its range.
@@ -64,7 +64,7 @@ def settings_of(cls: type, flags: Any) -> Any:
 
 
 def attribute_help(cls: type) -> dict[str, str]:
-    """Attribute -> what the `Attributes:` section of the docstring says; names may share a text."""
+    """Attribute -> its text in the `Attributes:` section; several names may share one text."""
     section = re.search(r"^Attributes:\n((?:[ ].*\n?|\n)*)", inspect.getdoc(cls) or "", re.M)
     helps: dict[str, str] = {}
     for entry in re.split(r"\n(?=    \w)", section.group(1) if section else ""):

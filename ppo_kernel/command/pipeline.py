@@ -1,4 +1,4 @@
-"""SFT, reward model and PPO on a model folder: each stage is finished once and for all."""
+"""SFT, reward model and PPO on a model folder; a finished stage is never run again."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +72,7 @@ class Pipeline:
         return has_weights(self.folder / "policy")
 
     def run(self, display: Display, run: RunFolder) -> dict[str, float]:
-        """All stages that the folder does not have yet.
+        """Run the stages whose models the folder does not have yet.
 
         Returns:
             The figures that are also printed.
@@ -96,7 +96,7 @@ class Pipeline:
         self._policy = self._causal_lm(self.folder / "sft" if has_sft else settings.model)
         given = settings.reward_model
         self._given_reward = None if given is None else self._reward_model(given)
-        # What PPO would refuse after hours of SFT.
+        # PPO would refuse these after hours of SFT.
         reward = self._given_reward or RewardModel.on(self._policy)
         width = self.data.prompt_width
         new_tokens = settings.ppo.generation(width, (), 0).max_new_tokens
@@ -135,7 +135,7 @@ class Pipeline:
         )  # fmt: skip
 
     def _fit_reward_model(self, display: Display, run: RunFolder) -> None:
-        """Stage 2: what people prefer, from the policy's trunk."""
+        """Stage 2: a reward model from pairs, on the policy's trunk."""
         pairs, config = self.data.pairs, self.data.reward_fit
         report = reporter("reward model", config.num_steps, display=display, run=run)
         start = RewardModel.on(self._policy)
@@ -151,7 +151,7 @@ class Pipeline:
         start.with_model(trained).save_pretrained(self.folder / "reward_model")
 
     def _run_ppo(self, reward: RewardModel, display: Display, run: RunFolder) -> dict[str, float]:
-        """Stage 3, and what it has changed."""
+        """Stage 3: PPO, and its comparison with the policy before."""
         settings, policy = self.settings, self._policy
         models = PPOActorCritic(policy, reward, settings.ppo)
         trainer = PPOTrainer(config=settings.ppo, actor_critic_model=models, rng_key=self._ppo_key)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 def draw_curves(
     history: Mapping[str, Sequence[tuple[int, float]]], titles: Mapping[str, str], folder: Path
 ) -> list[Path]:
-    """One PNG a metric and `curves.png` with all of them.
+    """One PNG per metric, and `curves.png` with all of them.
 
     Args:
         history: metric -> (step, value) pairs.

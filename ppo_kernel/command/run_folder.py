@@ -20,8 +20,8 @@ CURVES = {
     "reward": "mean reward",
     "judge": "independent judge",
     "exact": "exact answers, held-out problems",
-    "kl_divergence": "KL to the SFT policy, nats a sequence",
-    "entropy": "entropy, nats a token",
+    "kl_divergence": "KL to the SFT policy, nats per sequence",
+    "entropy": "entropy, nats per token",
     "response_length": "response length, tokens",
 }
 """Metric of the `ppo` stage -> title of its panel in `curves.png`."""

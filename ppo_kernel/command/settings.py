@@ -1,4 +1,4 @@
-"""Settings of a whole training, as the command line says them."""
+"""Settings of `ppo-kernel train`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,8 +17,7 @@ class TrainSettings:
     Attributes:
         model: folder of a Llama, Qwen2 or Qwen3 model in Hugging Face's layout; nothing is
             downloaded.
-        prompts: what PPO writes responses to: JSON lines {"prompt": ...}, or a .txt file with one
-            prompt a line.
+        prompts: of PPO: JSON lines {"prompt": ...}, or a .txt file with one prompt per line.
         output: the run folder. The same command again goes on with a run that was stopped.
         sft: examples for supervised fine-tuning: JSON lines {"prompt": ..., "response": ...} or
             {"text": ...}. Without it PPO starts from the model as it is.
@@ -30,7 +29,7 @@ class TrainSettings:
         save_every: iterations from one checkpoint to the next.
         evaluate_every: iterations from one look at held-out prompts to the next.
         held_out: share of the rows of each file that is kept for evaluation.
-        seed: everything random follows from it.
+        seed: of all randomness.
         compute_dtype: type of the activations; parameters are float32.
         sft_fit: settings of supervised fine-tuning.
         reward_fit: settings of the reward model's training.
@@ -78,9 +77,9 @@ class TrainSettings:
             )
 
     def as_json(self, digests: Mapping[str, str]) -> dict[str, Any]:
-        """What `config.json` says, and what a run that goes on must agree in.
+        """The content of `config.json`; a run that goes on must agree in it.
 
-        Files may be somewhere else by then, if they are the same, and so may the output.
+        Data files are compared by digest, so they may have moved, and so may the output.
 
         Args:
             digests: SHA-256 of each file, by the setting that names it.

@@ -52,7 +52,7 @@ def decay(iteration: int) -> float:
 
 @dataclass(frozen=True)
 class ArithmeticSettings:
-    """Sizes and schedules; the defaults fit into five minutes on two cores.
+    """Sizes and schedules; the defaults take less than five minutes on two cores.
 
     Attributes:
         policy: sizes of the policy, and of the critic that starts as its copy.
@@ -247,4 +247,4 @@ def _print_result(
     ]
     title = f"Exact answers on {figures['held_out_problems']:.0f} held-out problems"
     display.print(table(title, ["", "SFT", "PPO"], rows))
-    display.print(f"KL {figures['kl_per_sequence']:.2f} nats a sequence, in the mean")
+    display.print(f"KL {figures['kl_per_sequence']:.2f} nats per sequence, in the mean")

@@ -1,8 +1,8 @@
 """RLHF from nothing on human judgements of sentiment: SFT, reward model, PPO, on two CPU cores.
 
-The policy learns to write movie-review snippets, a reward model learns what 20 people a text
-found positive, and PPO moves the policy there from the first words of snippets that neither has
-seen. The VADER scorer, which the training never sees, judges the result.
+The policy learns to write movie-review snippets. A reward model learns from about 20 human ratings
+per text. PPO raises the reward of the policy's continuations of snippets that neither model has
+seen. The VADER scorer, which takes no part in the training, judges the result.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def _transformer(width: int) -> TransformerConfig:
 
 @dataclass(frozen=True)
 class SentimentSettings:
-    """Sizes and schedules; the defaults fit into ten minutes on two cores."""
+    """Sizes and schedules; the defaults take less than ten minutes on two cores."""
 
     policy: TransformerConfig = _transformer(128)
     reward_model: TransformerConfig = _transformer(64)
@@ -205,7 +205,7 @@ def run_sentiment(
 
 
 def figures_of(before: Samples, after: Samples, judge: Judge) -> dict[str, float]:
-    """The figures that say whether PPO did what it should, to the judge as well."""
+    """`compare`, with the judge's scores."""
     scores = [judge(samples.prompts, samples.responses) for samples in (before, after)]
     return compare(before, after) | {
         "judge_before": float(scores[0].mean()),
@@ -252,6 +252,6 @@ def _print_result(
     display.print(
         f"reward +{figures['reward_gain_in_sft_deviations']:.2f} standard deviations of the SFT "
         f"policy's scores, judge {figures['judge_gain']:+.3f}, "
-        f"KL {figures['kl_per_sequence']:.2f} nats a sequence, "
+        f"KL {figures['kl_per_sequence']:.2f} nats per sequence, "
         f"distinct-2 {figures['distinct_2_kept']:.0%} of the SFT policy's"
     )

@@ -1,4 +1,4 @@
-"""Rated texts as token sequences, split by source: what the sentiment demo trains and asks on."""
+"""The data of the sentiment demo: rated texts as token sequences, split by source."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class SentimentData:
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer, lower-cased: the data is small and case says little."""
+    """A byte-level BPE tokenizer of lower-cased text, because the data is small."""
     backend = tokenizers.Tokenizer(BPE())
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

@@ -21,7 +21,7 @@ Problem = tuple[int, int]
 
 @dataclass(frozen=True)
 class Problems:
-    """Three parts without a common problem; `a+b` and `b+a` are in the same part."""
+    """Problems of SFT, of PPO and held out, disjoint; `a+b` and `b+a` are in the same set."""
 
     sft: list[Problem]
     ppo: list[Problem]
@@ -29,7 +29,7 @@ class Problems:
 
 
 def make_tokenizer() -> Tokenizer:
-    """One token a character, and EOS, which pads as well: every other id is seen in the text."""
+    """One token per character, and EOS, which also pads: every other id is visible in the text."""
     vocabulary = {token: i for i, token in enumerate([EOS, *ALPHABET])}
     backend = tokenizers.Tokenizer(BPE(vocabulary, []))
     backend.decoder = decoders.Fuse()
@@ -61,7 +61,7 @@ def split_problems(
 
 
 def question(problem: Problem) -> str:
-    """What the policy reads."""
+    """The prompt of a problem, such as `37+45=`."""
     return f"{problem[0]}+{problem[1]}="
 
 
@@ -81,7 +81,7 @@ def exact(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 def solved(
     problems: Sequence[Problem], tokenizer: Tokenizer
 ) -> tuple[list[list[int]], list[float]]:
-    """(problems with their answers, tokens that are only read): operands cannot be foreseen."""
+    """(ids of problems with their answers, number of prompt tokens, which are context only)."""
     questions = tokenizer.encode([question(problem) for problem in problems])
     answers = tokenizer.encode([str(sum(problem)) for problem in problems])
     rows = [[*q, *a, tokenizer.id_of(EOS)] for q, a in zip(questions, answers, strict=True)]

@@ -17,7 +17,7 @@ _STALE = ("_name_or_path", "transformers_version", "layer_types", "torch_dtype",
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder says of its model. Entries that we do not use are kept for saving.
+    """The JSON files of a model folder. Entries that are not used here are kept for saving.
 
     Attributes:
         family: of the checkpoint.
@@ -41,15 +41,15 @@ class Manifest:
         return cls(family_of(config), config, read_json(folder / "generation_config.json", {}))
 
     def eos_token_ids(self, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-        """Every id that ends a text: of both files, else the tokenizer's; sorted."""
+        """Every id that ends a text, sorted: those of both files, else the tokenizer's."""
         ids = {*_ids(self.config, "eos_token_id"), *_ids(self.generation, "eos_token_id")}
         if not ids and tokenizer is not None and tokenizer.eos_id is not None:
             ids = {tokenizer.eos_id}
         return tuple(sorted(ids))
 
     def pad_token_id(self, tokenizer: Tokenizer | None) -> int:
-        """The one that is told, else an EOS id, else 0."""
-        told = self._told_pad_id(tokenizer)
+        """The id in a file or the tokenizer, else an EOS id, else 0."""
+        told = self._named_pad_id(tokenizer)
         return (*self.eos_token_ids(tokenizer), 0)[0] if told is None else told
 
     def write(
@@ -71,7 +71,7 @@ class Manifest:
         Raises:
             ValueError: the family cannot express `config`.
         """
-        ids: dict[str, Any] = {"pad_token_id": self._told_pad_id(tokenizer)}
+        ids: dict[str, Any] = {"pad_token_id": self._named_pad_id(tokenizer)}
         if classifier:
             # A language model is better without one than with EOS: transformers does not train
             # the embedding of the pad id. A classifier finds its last token by it.
@@ -93,7 +93,7 @@ class Manifest:
             write_json(folder / "generation_config.json", generation | ids)
         write_json(folder / "config.json", entries)
 
-    def _told_pad_id(self, tokenizer: Tokenizer | None) -> int | None:
+    def _named_pad_id(self, tokenizer: Tokenizer | None) -> int | None:
         told = (*_ids(self.config, "pad_token_id"), *_ids(self.generation, "pad_token_id"))
         if told:
             return told[0]

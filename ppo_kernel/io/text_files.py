@@ -1,4 +1,4 @@
-"""Training data as text files: JSON lines with named strings, each mistake by file and line."""
+"""Text files of training data: JSON lines; every mistake is reported by file and line."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -12,11 +12,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Example:
-    """What supervised fine-tuning imitates.
+    """A row of supervised fine-tuning.
 
     Attributes:
-        prompt: only read; None where all of the text is imitated.
-        response: what is written after it, or the whole text.
+        prompt: context only; None where the whole text is imitated.
+        response: the text after the prompt, or the whole text.
     """
 
     prompt: str | None
@@ -25,7 +25,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two responses to a prompt, and which of them people prefer."""
+    """A prompt with a preferred and a rejected response."""
 
     prompt: str
     chosen: str
@@ -33,10 +33,10 @@ class Preference:
 
 
 def read_prompts(path: str | PathLike) -> list[str]:
-    """Prompts: rows {"prompt": str}, or one prompt a line where the file's name ends in .txt.
+    """Prompts: rows {"prompt": str}, or one prompt per line where the file's name ends in .txt.
 
     Raises:
-        ValueError: no such file, or a row that is not one: file, line, and what to do.
+        ValueError: no such file, or a row of another kind: names file, line and remedy.
     """
     if Path(path).suffix == ".txt":
         return _rows(path, _text)
@@ -82,14 +82,15 @@ def _rows(path: str | PathLike, parse: Callable[[bytes], T]) -> list[T]:
         more = f" ({len(wrong) - 1} more lines are wrong)" if len(wrong) > 1 else ""
         raise ValueError(f"{path}, {wrong[0]}.{more}")
     if not rows:
-        raise ValueError(f"{path} has no rows; write one a line.")
+        raise ValueError(f"{path} has no rows; write one per line.")
     return rows
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}; check the path.")
-    # Bytes, so that a line is what ends with a newline, and one that is not UTF-8 has a number.
+    # Bytes: `str.splitlines` also splits at other characters, and a line that is not UTF-8 must
+    # have a number too.
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
@@ -106,7 +107,7 @@ def _object(line: bytes) -> dict[str, Any]:
         row = json.loads(_text(line))
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"is not JSON ({error.msg}, column {error.colno}); write one object a line"
+            f"is not JSON ({error.msg}, column {error.colno}); write one object per line"
         ) from None
     if not isinstance(row, dict):
         raise ValueError(f'holds a {type(row).__name__}; write an object such as {{"prompt": ...}}')

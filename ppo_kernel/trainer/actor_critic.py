@@ -24,7 +24,7 @@ class PPOActorCritic:
         reward_model: a `RewardModel`, a JAX `RewardFn`, or a `PythonReward`.
         config: settings of the run, those of its `PPOTrainer`.
         critic_model: a critic of your own (`models.protocol.Critic`).
-        reference_model: what the KL is measured against; None for the policy as it is at the start.
+        reference_model: the KL is measured against it; None for the policy at the start.
 
     Raises:
         ValueError: a policy or reward of another kind; the policy has ids that the reward model,

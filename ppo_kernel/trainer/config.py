@@ -1,4 +1,4 @@
-"""`PPOConfig`: the familiar flat settings, checked, and turned into those of the kernel."""
+"""`PPOConfig`: the familiar flat settings, checked, and translated to those of the kernel."""
 
 import os
 from collections.abc import Callable
@@ -48,40 +48,40 @@ class PPOConfig:
         clip_ratio: the ratio is clipped to [1 - clip_ratio, 1 + clip_ratio_high].
         clip_ratio_high: None takes `clip_ratio`.
         dual_clip: bound on the ratio times a negative advantage, above 1; None for none.
-        value_clip: how far values may move from the old ones in an iteration; None for any.
+        value_clip: bound on the change of a value within an iteration; None for none.
         gamma: discount.
         lambda_gae: GAE's lambda.
         num_ppo_epochs: passes over a batch.
-        train_batch_size: sequences an iteration (prompts * samples_per_prompt).
-        num_minibatches: optimizer steps an epoch.
-        per_device_batch_size: sequences a device takes at a time; less than its share of a
-            minibatch means gradient accumulation. It never changes the result.
+        train_batch_size: sequences per iteration (prompts * samples_per_prompt).
+        num_minibatches: optimizer steps per epoch.
+        per_device_batch_size: sequences per device and micro-batch. Below a device's share of a
+            minibatch, gradients are accumulated. It never changes the result.
         sft_model_path, reward_model_path: model folders; the caller loads them.
         kl_coeff: weight of the KL penalty (its start where `kl_target` is set).
-        kl_target: nats a sequence that an adaptive coefficient aims at; None keeps it fixed.
+        kl_target: KL in nats per sequence that the coefficient is adapted to; None keeps it fixed.
         kl_horizon: sequences over which the adaptive coefficient acts.
-        kl_estimator: k1, k2 or k3 of `ppo_kernel.ops.kl`, or a function of your own.
+        kl_estimator: k1, k2 or k3 of `ppo_kernel.kl`, or a function of your own.
         kl_in_loss: the penalty is a loss term instead of a part of the rewards.
         max_seq_len: bound on prompt + response tokens.
-        max_new_tokens: response tokens; None takes what the prompt leaves of `max_seq_len`.
-        min_new_tokens: EOS is banned before so many tokens.
+        max_new_tokens: response tokens; None for `max_seq_len` less the prompt.
+        min_new_tokens: EOS is banned before this many tokens.
         samples_per_prompt: responses to each prompt of a batch.
         temperature: of sampling and of all log-probabilities.
         top_k: sampling keeps the k likeliest tokens; None keeps all.
         top_p: sampling keeps the likeliest tokens that hold this probability; None keeps all.
         min_p: sampling drops tokens less likely than this share of the likeliest; None keeps all.
-        decode_slots: sequences decoded at a time, over all devices; see `GenerationConfig`.
+        decode_slots: sequences decoded at a time on all devices; see `GenerationConfig`.
         entropy_coeff: weight of the entropy bonus.
         value_coeff: weight of the value loss; 0 freezes the critic.
-        max_grad_norm: clip of the gradient's norm, of actor and critic each; None for none.
+        max_grad_norm: clip of the norm of the actor's and of the critic's gradient; None for none.
         missing_eos_penalty: subtracted from the score of a response without EOS.
         score_clip: scores are clipped to [-score_clip, score_clip]; None for none.
         whiten_advantages: to mean 0 and deviation 1 over all tokens of the batch.
-        bootstrap_truncated: a response that ran out of room continues with the critic's value.
-        recompute_old_logprobs: by a whole forward pass instead of the rollout's own.
+        bootstrap_truncated: the critic's value follows a response that ended without EOS.
+        recompute_old_logprobs: by a whole forward pass, instead of those of the rollout.
         logprob_chunk_size: tokens that pass the output head at a time; None for all.
-        response_widths: ascending numbers of response slots that the update is compiled for,
-            besides the most; they decide speed, never the result.
+        response_widths: response widths, ascending, that the update is compiled for besides the
+            largest; they decide speed, never the result.
         weight_decay: decoupled, on the matrices of actor and critic.
 
     Raises:
@@ -149,13 +149,13 @@ class PPOConfig:
                 f"num_minibatches={self.num_minibatches}."
             )
         # The kernel refuses settings that do not fit each other, under the names used here. The
-        # shortest prompt leaves the longest response, and on as many devices as there are
-        # sequences every micro-batch fits: prompts and devices are checked by the trainer.
+        # shortest prompt and the largest number of devices pass wherever any do; the trainer
+        # checks its own.
         self.iteration(self.generation(1, (), 0), num_devices=self.train_batch_size)
 
     @property
     def num_prompts(self) -> int:
-        """Prompts an iteration."""
+        """Prompts per iteration."""
         return self.train_batch_size // self.samples_per_prompt
 
     def hyperparams(self, iteration: int = 0) -> Hyperparams:
@@ -196,14 +196,14 @@ class PPOConfig:
         Raises:
             ValueError: prompt and response do not fit into `max_seq_len`.
         """
-        room, wanted = self.max_seq_len - prompt_width, self.max_new_tokens
-        if room < (1 if wanted is None else wanted):
+        longest, wanted = self.max_seq_len - prompt_width, self.max_new_tokens
+        if longest < (1 if wanted is None else wanted):
             raise ValueError(
                 f"a prompt of {prompt_width} slots and {wanted or 1} new tokens do not fit into "
                 f"max_seq_len={self.max_seq_len}; shorten the prompts or raise it."
             )
         return GenerationConfig(
-            max_new_tokens=room if wanted is None else wanted,
+            max_new_tokens=longest if wanted is None else wanted,
             eos_token_ids=eos_token_ids,
             pad_token_id=pad_token_id,
             min_new_tokens=self.min_new_tokens,

@@ -1,4 +1,4 @@
-"""The familiar surface: a trainer over the pure functions, a few lines each."""
+"""`PPOTrainer`: PPO iterations on batches of prompts, one call each."""
 
 import os
 
@@ -26,7 +26,7 @@ _NONFINITE = {
     "nonfinite_values": "values of the critic",
     "nonfinite_parameters": "parameters after the update",
 }
-"""Counters that stop a run, and what they count."""
+"""Counters that stop a run -> their meaning."""
 
 
 class PPOTrainer:
@@ -144,7 +144,7 @@ class PPOTrainer:
 
     @property
     def policy(self) -> CausalLM:
-        """The policy as it is now, whole on every device."""
+        """The current policy, gathered on every device."""
         return self.policy_model.with_model(place(self.state.policy, self.mesh, None))
 
     def _check(self, prompts: Prompts) -> None:

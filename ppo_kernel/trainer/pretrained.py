@@ -126,7 +126,7 @@ class CausalLM(ModelFolder[LanguageModel]):
             prompts: text.
             key: consumed.
             max_new_tokens: T.
-            temperature: > 0; with `top_k=1` the likeliest tokens, whatever it is.
+            temperature: > 0. For greedy decoding set `top_k=1`; any temperature does.
             top_k, top_p: see `restrict_logits`.
 
         Returns:

@@ -22,16 +22,16 @@ def next_token_logprobs(
     *,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B S-1"], Bool[Array, "B S-1"]]:
-    """Log-probability of tokens 1.. given those before them, and which of them count.
+    """log p(token t | tokens before t) for t >= 1.
 
     Args:
         policy: any `models.protocol.Policy`.
-        tokens: the first token of a sequence is only read.
+        tokens: the first token of a sequence is context only.
         mask: slots that hold a token.
         chunk_size: tokens through the output head at a time.
 
     Returns:
-        (logprobs, mask), nats.
+        (logprobs in nats, mask of the tokens that count).
     """
     logprobs, _ = logprobs_from_hidden(
         policy.hidden(tokens, mask)[:, :-1], tokens[:, 1:], policy.unembed,
@@ -43,9 +43,10 @@ def next_token_logprobs(
 def predicted_logprobs(
     policy: Policy, batch: Batch
 ) -> tuple[Float[Array, "B rest"], Bool[Array, "B rest"]]:
-    """`next_token_logprobs` of a batch, and which of them are of tokens to predict.
+    """`next_token_logprobs` of a batch, with a mask of the tokens that are trained on.
 
-    The `targets` are how many tokens at the start of a sequence, those of a prompt, are only read.
+    `batch.targets` has the number of tokens at the start of each sequence, those of a prompt, that
+    are context only.
     """
     # The logits of all tokens at once would be the largest array of the stage.
     logprobs, valid = next_token_logprobs(policy, batch.tokens, batch.mask, chunk_size=_CHUNK_SIZE)
@@ -54,7 +55,7 @@ def predicted_logprobs(
 
 
 def next_token_loss(policy: Policy, parts: tuple[Batch, ...]) -> Float[Array, ""]:
-    """Mean negative log-likelihood of every token to predict of a batch, nats a token."""
+    """Mean negative log-likelihood of the tokens that are trained on, nats per token."""
     total, count = 0.0, 0.0
     for part in parts:
         logprobs, valid = predicted_logprobs(policy, part)
@@ -71,14 +72,17 @@ def perplexity(
     width: int,
     batch_size: int = 256,
 ) -> float:
-    """exp of the mean negative log-likelihood a token of sequences cut at `width`.
+    """exp(mean negative log-likelihood per token) of sequences cut at `width`.
 
     Args:
-        policy: what is measured.
+        policy: to be measured.
         sequences: token ids.
-        num_read: how many tokens at the start of each are not predicted; None for the first one.
+        num_read: tokens at the start of each sequence that are context only; None for one.
         width: slots of a sequence.
         batch_size: sequences at a time.
+
+    Returns:
+        The perplexity, at least 1.
     """
 
     @eqx.filter_jit
