@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from ..config import GenerationConfig
 from ..evaluation import response_hidden, response_logprobs
-from ..io.tokenizer import Tokenizer, left_pad
+from ..io.padding import left_pad
+from ..io.tokenizer import Tokenizer
 from ..models.protocol import Policy
 from ..rollout.generate import generate
 from ..trainer.text_reward import PythonReward, decode

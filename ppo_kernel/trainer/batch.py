@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Int
 
-from ..io.tokenizer import Tokenizer, left_pad
+from ..io.padding import left_pad
+from ..io.tokenizer import Tokenizer
 from ..types import Prompts
 from .text_reward import Columns
 

@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Int
 
 from ..io.folders import existing_folder, staged
 from ..io.manifest import Manifest
+from ..io.padding import left_pad
 from ..io.safetensors import save_weights
-from ..io.tokenizer import Tokenizer, left_pad
+from ..io.tokenizer import Tokenizer
 from ..models.families.family import Weight
 from ..models.heads import LanguageModel, ValueModel
 from ..models.transformer import TransformerConfig
