@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .losses import token_mean
-from .ops.checks import FRACTION, POSITIVE, SHARE, Range, check_whole
+from .ops.checks import FRACTION, POSITIVE, SHARE, TEMPERATURE, Range, check_whole
 from .ops.kl import k1
 from .types import KLEstimator, Reduction, Scalar
 
@@ -72,7 +72,7 @@ class Hyperparams(eqx.Module):
     kl_horizon: Scalar = _setting("kl_horizon", 10_000.0, POSITIVE)
     entropy_coef: Scalar = _setting("entropy_coef", 0.0, _ANY)
     value_coef: Scalar = _setting("value_coef", 1.0, _NOT_NEGATIVE)
-    temperature: Scalar = _setting("temperature", 1.0, POSITIVE)
+    temperature: Scalar = _setting("temperature", 1.0, TEMPERATURE)
     top_p: Scalar | None = _setting("top_p", None, SHARE, optional=True)
     min_p: Scalar | None = _setting("min_p", None, FRACTION, optional=True)
     max_grad_norm_actor: Scalar | None = _setting(

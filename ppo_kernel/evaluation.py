@@ -6,8 +6,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .models.heads import ValueHead
-from .models.protocol import Critic, Policy
+from .models.heads import ValueHead, ValueModel
+from .models.protocol import Critic, Policy, vocabulary_size
 from .ops.logprobs import logprobs_from_hidden
 from .types import Evaluation, Rollout, Scalar
 
@@ -136,7 +136,12 @@ def evaluate(
 
     Returns:
         `Evaluation`, all in at least float32.
+
+    Raises:
+        ValueError: the reference has another vocabulary than the policy, or a `ValueModel` has a
+            smaller one.
     """
+    _check_vocabularies(policy, reference, critic)
     logprobs, _ = response_logprobs(
         reference,
         rollout,
@@ -146,6 +151,21 @@ def evaluate(
     )
     values = critic_values(critic, rollout, lambda: response_hidden(policy, rollout))
     return Evaluation(logprobs, *response_values(values, rollout))
+
+
+def _check_vocabularies(policy: Policy, reference: Policy, critic: Critic | ValueHead) -> None:
+    size, frozen_size = vocabulary_size(policy), vocabulary_size(reference)
+    if frozen_size != size:
+        raise ValueError(
+            f"the reference has a vocabulary of {frozen_size} tokens, the policy one of {size}: a "
+            "KL between them means nothing; take a reference with the policy's vocabulary."
+        )
+    # A critic of another class does not say which ids it knows.
+    if isinstance(critic, ValueModel) and len(critic.trunk.embedding) < size:
+        raise ValueError(
+            f"the critic knows {len(critic.trunk.embedding)} token ids, the policy writes {size}; "
+            "give its embedding as many rows."
+        )
 
 
 class ModelReward(eqx.Module):

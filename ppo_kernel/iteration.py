@@ -13,8 +13,8 @@ from .config import Hyperparams, IterationConfig
 from .evaluation import evaluate, response_hidden, response_logprobs
 from .learner.epochs import update
 from .learner.state import Learner, TrainState, current_kl_coef
-from .metrics import nonfinite_counts, rollout_metrics
-from .models.protocol import Policy
+from .metrics import nonfinite_counts, prompt_counts, rollout_metrics
+from .models.protocol import Policy, vocabulary_size
 from .ops.checks import check_shape
 from .ops.dtypes import promote_types, upcast
 from .ops.masked import whiten
@@ -132,6 +132,7 @@ def learn(
     check_shape("advantages of the estimator", advantages, rollout.tokens.shape)
     check_shape("returns of the estimator", returns, rollout.tokens.shape)
     metrics = rollout_metrics(rollout, scores, log_ratios, evaluation.values, returns, rewards)
+    metrics |= prompt_counts(rollout, vocabulary_size(state.policy))
     metrics |= nonfinite_counts(rollout, collected.old_logprobs, evaluation, scores)
     if config.whiten_advantages:
         advantages = whiten(advantages, rollout.mask)

@@ -56,6 +56,27 @@ def rollout_metrics(
     }
 
 
+def prompt_counts(rollout: Rollout, vocab_size: int) -> Metrics:
+    """Faults of the prompts that no result shows; `check_prompts` refuses those it can see.
+
+    Args:
+        rollout: B sequences.
+        vocab_size: V of the policy.
+
+    Returns:
+        Sequences whose prompt is not left-padded, prompt ids outside [0, V), and sequences whose
+        sample id another one has too.
+    """
+    tokens, mask = rollout.prompt_tokens, rollout.prompt_mask
+    ids = jnp.sort(rollout.sample_ids)
+    counts = {
+        "misplaced_prompts": jnp.any(mask[:, :-1] & ~mask[:, 1:], axis=1),
+        "out_of_vocabulary_ids": mask & ((tokens < 0) | (tokens >= vocab_size)),
+        "duplicate_sample_ids": ids[1:] == ids[:-1],
+    }
+    return {name: jnp.sum(x).astype(rollout.logprobs.dtype) for name, x in counts.items()}
+
+
 def nonfinite_counts(
     rollout: Rollout,
     old_logprobs: Float[Array, "B T"],

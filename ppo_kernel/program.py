@@ -13,6 +13,7 @@ from .advantages import gae
 from .config import IterationConfig
 from .iteration import collect, learn, ppo_iteration
 from .learner.state import Learner, TrainState
+from .rollout.prompts import check_prompts
 from .sharding import at_rest, entered
 from .types import AdvantageEstimator, Prompts
 
@@ -103,13 +104,20 @@ def compile_iteration(
             _check_own(state, inputs)
             return function(inputs, state)
 
+        return call
+
+    def checking(function: Callable, *, stacked: bool = False) -> Callable:
+        def call(state, reference, prompts, *others):
+            check_prompts(prompts, state.policy, stacked=stacked)
+            return function(state, reference, prompts, *others)
+
         return on_mesh(call)
 
     return CompiledIteration(
-        step=consuming(step),
-        steps=consuming(steps),
-        collect=on_mesh(first_half),
-        learn=consuming(second_half),
+        step=checking(consuming(step)),
+        steps=checking(consuming(steps), stacked=True),
+        collect=checking(first_half),
+        learn=on_mesh(consuming(second_half)),
         lower=on_mesh(lambda state, *inputs: step.lower(inputs, state).lowered),
     )
 
@@ -160,16 +168,7 @@ def _check_own(state: TrainState, inputs: tuple) -> None:
 
 
 def _in_a_row(iterate: Callable, state: TrainState, reference, batches: Prompts, *others):
-    """(state, metrics [S]) of `iterate` over S batches of prompts.
-
-    Raises:
-        ValueError: the batches are not stacked.
-    """
-    if batches.tokens.ndim != 3:
-        raise ValueError(
-            f"steps takes batches of prompts stacked to [S, N, P], got {batches.tokens.shape}; "
-            "stack them with jax.tree.map(lambda *xs: jnp.stack(xs), *batches), or call step."
-        )
+    """(state, metrics [S]) of `iterate` over S batches of prompts."""
     arrays, static = eqx.partition(state, eqx.is_array)
 
     def body(arrays, prompts):

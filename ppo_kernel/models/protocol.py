@@ -4,8 +4,13 @@ Inexact arrays are trained. Every other leaf (an integer, a function, a setting)
 unchanged. Any `eqx.Module` will do.
 """
 
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 Cache: TypeAlias = PyTree[Array]
@@ -62,7 +67,8 @@ class Policy(Protocol):
     """A language model that can be sampled from and trained.
 
     Two laws tie the methods. Token by token, `prefill` and `decoder().step` give the hidden states
-    of `hidden` on the whole sequence. Slots outside the mask change nothing.
+    of `hidden` on the whole sequence. Slots outside the mask change nothing. They are judged by
+    `testing.check_policy`.
 
     Everywhere `tokens` are ids in [0, V), `mask` says which slots hold one, `start` is the first
     slot whose result is read, and `capacity` is how many slots a cache has room for.
@@ -105,3 +111,23 @@ class Critic(Protocol):
     ) -> Float[Array, "B rest"]:
         """Values after reading slots `start` to S - 1, reward units."""
         ...
+
+
+def vocabulary_size(policy: Policy) -> int:
+    """V, from the shape of a policy's logits; nothing is computed."""
+    leaves, structure = jax.tree.flatten(policy)
+    return _vocabulary_size(structure, tuple(map(_shape_of, leaves)))
+
+
+def _shape_of(leaf: Any) -> Any:
+    is_array = isinstance(leaf, jax.Array | np.ndarray)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array else leaf
+
+
+@lru_cache(maxsize=64)
+def _vocabulary_size(structure: Any, leaves: tuple) -> int:
+    def logits(policy: Policy):
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return policy.unembed(policy.hidden(tokens, tokens == 0)[:, 0])
+
+    return eqx.filter_eval_shape(logits, jax.tree.unflatten(structure, leaves)).shape[-1]

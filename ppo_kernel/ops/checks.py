@@ -3,9 +3,11 @@
 import math
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Key, Shaped
 
 from ..types import Scalar
 
@@ -29,11 +31,15 @@ def check_shape(name: str, x: Shaped[Array, "..."], *shapes: tuple[int, ...]) ->
 
 
 class Range(NamedTuple):
-    """The finite numbers low <= x <= high; low < x <= high where `above`."""
+    """The finite numbers low <= x <= high; low < x <= high where `above`.
+
+    `remedy` ends the message for a number outside.
+    """
 
     low: float = -math.inf
     high: float = math.inf
     above: bool = False
+    remedy: str = ""
 
     def check(self, name: str, value: Scalar | None) -> None:
         """Refuse a number outside the range; a traced one has no value yet and passes.
@@ -56,7 +62,7 @@ class Range(NamedTuple):
             low = f", {'above' if self.above else 'at least'} {self.low:g}"
             high = f", at most {self.high:g}"
             bounds = low * (self.low > -math.inf) + high * (self.high < math.inf)
-            raise ValueError(f"{name} must be finite{bounds}, got {value}.")
+            raise ValueError(f"{name} must be finite{bounds}, got {value}.{self.remedy}")
 
 
 def check_whole(name: str, value: int | None, *, least: int = 1, optional: bool = False) -> None:
@@ -79,4 +85,20 @@ def check_whole(name: str, value: int | None, *, least: int = 1, optional: bool 
         raise ValueError(f"{name} must be a whole number of at least {least}{none}; got {value!r}.")
 
 
+def check_key(name: str, key: Key[Array, ""]) -> None:
+    """Refuse what is not a typed key.
+
+    Args:
+        name: what the message calls it.
+        key: to be checked.
+
+    Raises:
+        ValueError: names the argument and the remedy.
+    """
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed:
+        raise ValueError(f"{name} must be a typed key such as jax.random.key(0), got {key!r}.")
+
+
 POSITIVE, FRACTION, SHARE = Range(0, above=True), Range(0, 1), Range(0, 1, above=True)
+TEMPERATURE = Range(0, above=True, remedy=" For greedy decoding set top_k=1.")

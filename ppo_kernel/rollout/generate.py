@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..config import GenerationConfig
 from ..models.protocol import Cache, Policy, Unembed
-from ..ops.checks import FRACTION, POSITIVE, SHARE, check_shape
+from ..ops.checks import FRACTION, SHARE, TEMPERATURE, check_key, check_shape
 from ..ops.dtypes import upcast
 from ..ops.logprobs import token_logprobs
 from ..ops.sampling import ban_tokens, restrict_logits, sample_tokens, sampling_noise
@@ -16,6 +16,7 @@ from ..sharding import num_shards
 from ..types import Prompts, Rollout, Scalar
 from .decoding import Decoding, Responses, Sampled
 from .lockstep import decode_batch
+from .prompts import check_prompts
 from .slots import decode_queue
 
 
@@ -57,7 +58,8 @@ def generate(
             id outside the vocabulary, `min_new_tokens` bans all of it, or slots and prompts do not
             divide over the devices.
     """
-    _check_prompts(prompts)
+    check_prompts(prompts, policy)
+    check_key("key", key)
     samples = config.samples_per_prompt
     decoder, sample_ids = policy.decoder(), _sample_ids(prompts.sample_ids, samples)
     if noise is None:
@@ -87,7 +89,7 @@ class _Sampler:
     min_p: Scalar | None
 
     def __post_init__(self):
-        POSITIVE.check("temperature", self.temperature)
+        TEMPERATURE.check("temperature", self.temperature)
         for name, value, limits in (("top_p", self.top_p, SHARE), ("min_p", self.min_p, FRACTION)):
             if value is not None:
                 limits.check(name, value)
@@ -122,21 +124,6 @@ def _rollout(
         logprobs=logprobs,
         behaviour_logprobs=behaviour_logprobs,
     )
-
-
-def _check_prompts(prompts: Prompts) -> None:
-    tokens, mask, sample_ids = prompts.tokens, prompts.mask, prompts.sample_ids
-    if tokens.ndim != 2 or not tokens.size:
-        raise ValueError(
-            f"prompts.tokens must be [N, P], one prompt and one slot at least; got {tokens.shape}."
-        )
-    check_shape("prompts.mask", mask, tokens.shape)
-    check_shape("prompts.sample_ids", sample_ids, tokens.shape[:1])
-    kinds = {"tokens": jnp.integer, "mask": bool, "sample_ids": jnp.integer}
-    for name, kind in kinds.items():
-        x = getattr(prompts, name)
-        if not jnp.issubdtype(x.dtype, kind):
-            raise ValueError(f"prompts.{name} must be of type {kind.__name__}, got {x.dtype}.")
 
 
 def _sample_ids(prompt_ids: Int[Array, " N"], samples: int) -> Int[Array, " B"]:

@@ -64,6 +64,7 @@ CHECKS = {
     "learner/state.py": UPDATE,
     "learner/optimizer.py": UPDATE,
     "rollout/decoding.py": ROLLOUT,
+    "rollout/prompts.py": (r"rollout/test_prompts\.py", r"test_refusals\.py::test_prompts"),
     "rollout/lockstep.py": ROLLOUT,
     "rollout/generate.py": ROLLOUT,
     "rollout/slots.py": (
