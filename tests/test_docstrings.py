@@ -19,7 +19,8 @@ MODULES = (
     *("evaluation", "metrics"),
     *("learner/state", "learner/optimizer", "learner/gradient", "learner/epochs"),
     *("iteration", "program", "ops/checks", "ops/dtypes", "models/kernels/products"),
-    *("sharding", "models/protocol", "models/kv_cache", "models/kernels/cudnn", "testing"),
+    *("sharding", "models/protocol", "models/kv_cache", "models/kernels/cudnn"),
+    *("rollout/prompts", "testing/functions", "testing/policies"),
 )
 FORMULAS = {
     *("gae", "token_rewards", "adaptive_kl_coef", "k1", "k2", "k3", "whiten", "update"),

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .ops.dtypes import promote_types
+from ..ops.dtypes import promote_types
 
 SHAPES = ((4, 6), (1, 1))
 """The [B, T] that our tests use: a usual one and the smallest."""
