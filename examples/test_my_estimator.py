@@ -17,43 +17,47 @@ from ppo_kernel import (
     Hyperparams,
     IterationConfig,
     LanguageModel,
-    Learner,
+    OptimizerHyperparams,
     Prompts,
     TransformerConfig,
-    ValueModel,
     compile_iteration,
 )
 from ppo_kernel.testing import assert_matches, masks, reals
 
-SAMPLES = 2
 
-
-def rloo(rewards, values, mask, bootstrap_values, *, gamma, lam):
+def rloo(rewards, values, mask, bootstrap_values, *, gamma, lam, groups):
     """REINFORCE with a leave-one-out baseline: the mean return of the prompt's other samples.
 
-    Source: Ahmadian et al. 2024, "Back to Basics", eq. 8. The samples of a prompt are
-    neighbours in the batch; there is no discount, no lambda and no critic in it.
+    There is no discount, no lambda and no critic in it. Source: Ahmadian et al. 2024, "Back to
+    Basics", eq. 8, https://arxiv.org/abs/2402.14740.
     """
-    del bootstrap_values, gamma, lam
-    total = jnp.sum(jnp.where(mask, rewards, 0.0), axis=1).reshape(-1, SAMPLES)
-    others = (jnp.sum(total, axis=1, keepdims=True) - total) / (SAMPLES - 1)
-    advantages = jnp.where(mask, (total - others).reshape(-1, 1), 0.0)
-    return advantages, jnp.where(mask, advantages + values, 0.0)
+    del values, bootstrap_values, gamma, lam
+    total = jnp.sum(jnp.where(mask, rewards, 0.0), axis=1)
+    same = (groups[:, None] == groups[None, :]).astype(total.dtype)
+    others = (same @ total - total) / (jnp.sum(same, axis=1) - 1.0)
+    advantages = jnp.where(mask, (total - others)[:, None], 0.0)
+    return advantages, advantages
 
 
-def rloo_in_numpy(rewards, values, mask, bootstrap_values, **_):
+def rloo_in_numpy(rewards, values, mask, bootstrap_values, *, groups, **_):
     advantages = np.zeros_like(rewards)
-    for b in range(len(rewards)):
-        first = b - b % SAMPLES
-        others = [rewards[i][mask[i]].sum() for i in range(first, first + SAMPLES) if i != b]
-        advantages[b][mask[b]] = rewards[b][mask[b]].sum() - np.mean(others)
-    return advantages, np.where(mask, advantages + values, 0.0)
+    for b, group in enumerate(groups):
+        others = [i for i, other in enumerate(groups) if other == group and i != b]
+        baseline = np.mean([rewards[i][mask[i]].sum() for i in others])
+        advantages[b][mask[b]] = rewards[b][mask[b]].sum() - baseline
+    return advantages, advantages
+
+
+GROUPS = np.array([7, 3, 3, 7], np.int32)
 
 
 @settings(deadline=None)  # the first case compiles
 @given(reals((4, 6)), reals((4, 6)), masks((4, 6)), reals((4,)))
 def test_rloo_is_what_the_loop_says(rewards, values, mask, bootstrap_values):
-    assert_matches(rloo, rloo_in_numpy, rewards, values, mask, bootstrap_values, gamma=1.0, lam=1.0)
+    assert_matches(
+        rloo, rloo_in_numpy, rewards, values, mask, bootstrap_values,
+        gamma=1.0, lam=1.0, groups=GROUPS,
+    )  # fmt: skip
 
 
 def test_rloo_in_the_iteration():
@@ -66,16 +70,16 @@ def test_rloo_in_the_iteration():
     prompts = Prompts(
         jnp.full((4, 2), 5, jnp.int32), jnp.ones((4, 2), bool), jnp.arange(4, dtype=jnp.int32)
     )
-    generation = GenerationConfig(max_new_tokens=6, samples_per_prompt=SAMPLES)
-    config = IterationConfig(generation, num_epochs=1, reward_kl=None)
-    hyperparams = Hyperparams(learning_rate_actor=0.01)
-    state = Learner().init(policy, ValueModel.on(policy.trunk), jax.random.key(1), hyperparams)
-    step = compile_iteration(config=config, advantage_estimator=rloo).step
+    generation = GenerationConfig(max_new_tokens=6, samples_per_prompt=2)
+    config = IterationConfig(generation, num_epochs=1, kl_estimator=None)
+    hyperparams = Hyperparams(actor=OptimizerHyperparams(learning_rate=0.01))
+    ppo = compile_iteration(config=config, advantage_estimator=rloo)
+    state = ppo.init(policy, None, jax.random.key(1), hyperparams)
 
     def threes(rollout):
         return jnp.sum((rollout.tokens == 3) & rollout.mask, axis=1).astype(jnp.float32)
 
-    state, metrics = step(state, policy, prompts, hyperparams, threes)
+    state, metrics = ppo.step(state, policy, prompts, hyperparams, threes)
     assert float(metrics["skipped_minibatches"]) == 0.0
 
     @eqx.filter_jit

@@ -8,16 +8,18 @@ a stage takes: `ppo_kernel.kl.k3`, `ppo_kernel.losses.token_mean`.
 from . import advantages as advantages
 from . import losses as losses
 from . import models as models
-from .advantages import gae
-from .config import GenerationConfig, Hyperparams, IterationConfig
+from .advantages import gae, whitened
+from .config import GenerationConfig, Hyperparams, IterationConfig, OptimizerHyperparams
 from .evaluation import ModelReward, evaluate
-from .iteration import Collected, collect, iteration_keys, learn, ppo_iteration
+from .iteration import Collected, adapt_kl_coef, collect, learn, ppo_iteration
 from .learner.epochs import update
-from .learner.state import Learner, TrainState
+from .learner.state import Learner, Models, TrainState, iteration_keys
 from .losses import (
     clipped_policy_loss,
     clipped_value_loss,
     fixed_mean,
+    ppo_policy_loss,
+    ppo_value_loss,
     sequence_mean,
     token_mean,
 )
@@ -36,7 +38,7 @@ from .trainer.config import PPOConfig
 from .trainer.ppo import PPOTrainer
 from .trainer.pretrained import CausalLM, RewardModel
 from .trainer.text_reward import PythonReward
-from .types import Evaluation, Experience, Prompts, Rollout
+from .types import Evaluation, Experience, LossInputs, Prompts, Rollout, ValueLossInputs
 
 __version__ = "0.1.0"
 
@@ -44,7 +46,7 @@ __version__ = "0.1.0"
 # in many a notebook.
 __all__ = [  # noqa: RUF022
     # settings and records
-    "GenerationConfig", "IterationConfig", "Hyperparams",
+    "GenerationConfig", "IterationConfig", "Hyperparams", "OptimizerHyperparams",
     "Prompts", "Rollout", "Evaluation", "Experience",
     # models
     "TransformerConfig", "Transformer", "LanguageModel", "ValueHead", "ValueModel",
@@ -55,12 +57,13 @@ __all__ = [  # noqa: RUF022
     # 3: token rewards
     "token_rewards", "adaptive_kl_coef", "k1", "k2", "k3", "with_gradient_of",
     # 4: advantages
-    "gae", "whiten",
+    "gae", "whitened", "whiten",
     # 5: losses, and the epochs that reduce them
+    "LossInputs", "ValueLossInputs", "ppo_policy_loss", "ppo_value_loss",
     "clipped_policy_loss", "clipped_value_loss", "token_mean", "sequence_mean", "fixed_mean",
-    "Learner", "TrainState", "update",
+    "Learner", "Models", "TrainState", "update",
     # the stages composed
-    "iteration_keys", "Collected", "collect", "learn", "ppo_iteration",
+    "iteration_keys", "Collected", "collect", "learn", "adapt_kl_coef", "ppo_iteration",
     "CompiledIteration", "compile_iteration",
     # placement
     "make_mesh", "place",

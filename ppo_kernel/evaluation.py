@@ -119,7 +119,7 @@ def _last_prompt_slot(rollout: Rollout) -> int:
 def evaluate(
     policy: Policy,
     reference: Policy,
-    critic: Critic | ValueHead,
+    critic: Critic | ValueHead | None,
     rollout: Rollout,
     *,
     temperature: Scalar,
@@ -130,7 +130,7 @@ def evaluate(
     Args:
         policy: used only where the critic is a head on its trunk.
         reference: the frozen policy; tempered like the policy itself.
-        critic: a model [B, S] -> [B, S], or a `ValueHead`.
+        critic: a model [B, S] -> [B, S], a `ValueHead`, or None: then every value is 0.
         rollout: B sequences.
         temperature, chunk_size: as in `response_logprobs`.
 
@@ -149,6 +149,8 @@ def evaluate(
         temperature=temperature,
         chunk_size=chunk_size,
     )
+    if critic is None:
+        return Evaluation(logprobs, jnp.zeros_like(logprobs), jnp.zeros_like(logprobs[:, 0]))
     values = critic_values(critic, rollout, lambda: response_hidden(policy, rollout))
     return Evaluation(logprobs, *response_values(values, rollout))
 

@@ -1,54 +1,42 @@
 """Stages 1 to 5 composed: prompts in, a better policy out, as pure functions."""
 
-import re
+from dataclasses import replace
 
 import equinox as eqx
 import jax
 import jax.extend
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, PyTree
 
-from .advantages import gae
+from .advantages import gae, whitened
 from .config import Hyperparams, IterationConfig
 from .evaluation import evaluate, response_hidden, response_logprobs
+from .functions import AdvantageEstimator, RewardFn
 from .learner.epochs import update
-from .learner.state import Learner, TrainState, current_kl_coef
-from .metrics import nonfinite_counts, prompt_counts, rollout_metrics
+from .learner.reports import join
+from .learner.state import TrainState, current_kl_coef, iteration_keys
+from .metrics import nonfinite_counts, prompt_counts, reward_metrics, rollout_metrics
 from .models.protocol import Policy, vocabulary_size
-from .ops.checks import check_shape
+from .ops.checks import check_pair, check_shape
 from .ops.dtypes import promote_types, upcast
-from .ops.masked import whiten
 from .rewards import adaptive_kl_coef, token_rewards
 from .rollout.generate import generate
 from .sharding import gather, shard_batch
-from .types import AdvantageEstimator, Evaluation, Experience, Metrics, Prompts, RewardFn, Rollout
+from .types import Evaluation, Experience, Metrics, Prompts, Rollout
 
 
 class Collected(eqx.Module):
     """The first half of an iteration: all that does not need the reward.
 
     Attributes:
-        rollout: what the policy wrote.
-        old_logprobs: of its tokens, under the policy that wrote them, nats.
+        rollout: what the policy sampled.
+        old_logprobs: of its tokens, under the policy that sampled them, nats.
         evaluation: reference log-probabilities and values.
     """
 
     rollout: Rollout
     old_logprobs: Float[Array, "B T"]
     evaluation: Evaluation
-
-
-def iteration_keys(state: TrainState) -> tuple[Key[Array, ""], Key[Array, ""]]:
-    """The keys of the rollout and of the update in this iteration.
-
-    Args:
-        state: has the key of the run, and the iteration.
-
-    Returns:
-        (for `generate`, for `update`).
-    """
-    rollout_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.iteration))
-    return rollout_key, update_key
 
 
 def collect(
@@ -72,10 +60,9 @@ def collect(
         `Collected` for B = N * samples_per_prompt sequences.
     """
     policy = gather(state.policy)
-    rollout_key, _ = iteration_keys(state)
     rollout = shard_batch(
         generate(
-            policy, shard_batch(prompts), rollout_key,
+            policy, shard_batch(prompts), iteration_keys(state).rollout,
             config=config.generation, temperature=hyperparams.temperature,
             top_p=hyperparams.top_p, min_p=hyperparams.min_p,
         )
@@ -92,61 +79,97 @@ def collect(
 def learn(
     state: TrainState,
     collected: Collected,
-    scores: Float[Array, " B"] | Float[Array, "B T"],
+    scores: PyTree,
     hyperparams: Hyperparams,
     *,
     config: IterationConfig,
-    learner: Learner = Learner(),
-    advantage_estimator: AdvantageEstimator = gae,
+    advantage_estimator: AdvantageEstimator = whitened(gae),
 ) -> tuple[TrainState, Metrics]:
     """Stages 3 to 5: token rewards, advantages, and every epoch of the update.
 
     Args:
         state: as it was for `collect`.
         collected: from `collect`.
-        scores: one a sequence or one a token, reward units.
-        hyperparams, config, learner, advantage_estimator: as in `ppo_iteration`.
+        scores: what the reward returned (see `functions.RewardFn`): one score per sequence or one
+            per token, reward units; or a pair of that and the reward's metrics.
+        hyperparams, config, advantage_estimator: as in `ppo_iteration`.
 
     Returns:
-        (state, metrics) of the next iteration.
+        (state, metrics), the state at the next iteration.
 
     Raises:
-        ValueError: scores or advantages of a wrong shape; sizes that do not divide.
+        ValueError: scores or advantages of a wrong shape; sizes that do not divide; truncated
+            responses that shall be bootstrapped without a critic; two metrics of one name.
     """
     rollout, evaluation = collected.rollout, collected.evaluation
-    check_shape("scores", scores, rollout.lengths.shape, rollout.tokens.shape)
+    scores, reported = _scores_and_metrics(scores, rollout)
     scores = shard_batch(upcast(scores))
     log_ratios = collected.old_logprobs - evaluation.reference_logprobs
     kl_coef = current_kl_coef(state, hyperparams)
     rewards = token_rewards(
         scores, log_ratios, rollout.mask, rollout.terminated,
-        kl_coef=kl_coef, kl_estimator=config.reward_kl,
+        kl_coef=kl_coef, kl_estimator=None if config.kl_in_loss else config.kl_estimator,
         missing_eos_penalty=hyperparams.missing_eos_penalty, score_clip=hyperparams.score_clip,
     )  # fmt: skip
+    if config.bootstrap_truncated and state.critic is None:
+        raise ValueError("bootstrap_truncated takes the critic's value, but the critic is None.")
     ended = rollout.terminated if config.bootstrap_truncated else jnp.ones_like(rollout.terminated)
-    bootstrap_values = jnp.where(ended, 0.0, evaluation.bootstrap_values)
-    advantages, returns = advantage_estimator(
-        rewards, evaluation.values, rollout.mask, bootstrap_values,
+    output = advantage_estimator(
+        rewards, evaluation.values, rollout.mask,
+        jnp.where(ended, 0.0, evaluation.bootstrap_values),
         gamma=hyperparams.gamma, lam=hyperparams.lam,
+        groups=rollout.sample_ids // config.generation.samples_per_prompt,
     )  # fmt: skip
+    advantages, returns = check_pair("advantage_estimator", "(advantages, returns)", output)
     check_shape("advantages of the estimator", advantages, rollout.tokens.shape)
     check_shape("returns of the estimator", returns, rollout.tokens.shape)
-    metrics = rollout_metrics(rollout, scores, log_ratios, evaluation.values, returns, rewards)
-    metrics |= prompt_counts(rollout, vocabulary_size(state.policy))
-    metrics |= nonfinite_counts(rollout, collected.old_logprobs, evaluation, scores)
-    if config.whiten_advantages:
-        advantages = whiten(advantages, rollout.mask)
+    metrics = join(
+        rollout_metrics(rollout, scores, log_ratios, evaluation.values, returns, rewards),
+        prompt_counts(rollout, vocabulary_size(state.policy)),
+        nonfinite_counts(rollout, collected.old_logprobs, evaluation, scores),
+        {"kl_coef": kl_coef},
+        reported,
+    )
     experience = Experience(
-        rollout, collected.old_logprobs, evaluation.reference_logprobs, evaluation.values,
-        advantages, returns,
+        rollout=rollout, old_logprobs=collected.old_logprobs,
+        reference_logprobs=evaluation.reference_logprobs, old_values=evaluation.values,
+        advantages=advantages, returns=returns,
     )  # fmt: skip
-    _, update_key = iteration_keys(state)
-    state, update_metrics = update(
-        state, shard_batch(experience), update_key, hyperparams,
-        config=config, learner=learner,
+    state, update_metrics = update(state, shard_batch(experience), hyperparams, config=config)
+    state = adapt_kl_coef(
+        state, hyperparams, kl_divergence=metrics["kl_divergence"],
+        num_sequences=rollout.lengths.shape[0],
     )  # fmt: skip
-    metrics |= update_metrics | {"kl_coef": kl_coef}
-    return _advance(state, metrics, hyperparams, rollout), metrics
+    return state, join(metrics, update_metrics)
+
+
+def adapt_kl_coef(
+    state: TrainState,
+    hyperparams: Hyperparams,
+    *,
+    kl_divergence: Float[Array, ""],
+    num_sequences: int,
+) -> TrainState:
+    """The state with the KL coefficient of its next iteration, by `adaptive_kl_coef`.
+
+    Without a `kl_target` nothing changes.
+
+    Args:
+        state: after `update`; has the coefficient that was used.
+        hyperparams: target and horizon of the controller.
+        kl_divergence: nats per sequence, as `learn` reports it.
+        num_sequences: in the batch.
+
+    Returns:
+        The same state with another `kl_coef`.
+    """
+    if hyperparams.kl_target is None:
+        return state
+    kl_coef = adaptive_kl_coef(
+        state.kl_coef, kl_divergence, target=hyperparams.kl_target,
+        horizon=hyperparams.kl_horizon, num_sequences=num_sequences,
+    )  # fmt: skip
+    return replace(state, kl_coef=kl_coef)
 
 
 def ppo_iteration(
@@ -157,73 +180,90 @@ def ppo_iteration(
     *,
     reward: RewardFn,
     config: IterationConfig,
-    learner: Learner = Learner(),
-    advantage_estimator: AdvantageEstimator = gae,
+    advantage_estimator: AdvantageEstimator = whitened(gae),
 ) -> tuple[TrainState, Metrics]:
     """One whole PPO iteration, a pure function: jit it, vmap it, or call `compile_iteration`.
 
-        prompts -> rollout -> scores -> token rewards -> advantages -> minibatch epochs -> state
+        prompts -> rollout -> evaluation -> token rewards -> advantages -> minibatch epochs -> state
 
     It is `learn(state, c, reward(c.rollout), ...)` with `c = collect(state, ...)`.
 
     Args:
-        state: from `Learner.init` or the last iteration.
+        state: from `Learner.init` or the last iteration; its learner has optimizers and losses.
         reference: the frozen policy that the KL is measured against.
         prompts: N left-padded prompts with distinct sample ids.
         hyperparams: traced; a change never recompiles.
         reward: JAX-traceable; a Python reward goes between `collect` and `learn`.
         config: static settings.
-        learner: optimizers and losses.
-        advantage_estimator: `gae` or your own, see `types.AdvantageEstimator`.
+        advantage_estimator: `whitened(gae)` or your own, which is taken as it is: see
+            `functions.AdvantageEstimator` and `whitened`.
 
     Returns:
         (state, metrics), see the table in docs/metrics.md.
 
     Raises:
-        ValueError: the reward cannot be traced or has a wrong shape; sizes that do not divide.
+        ValueError: the reward cannot be traced or has a wrong shape; what `learn` raises.
     """
     collected = collect(state, reference, prompts, hyperparams, config=config)
     scores = _traced_scores(gather(reward), collected.rollout)
     return learn(
         state, collected, scores, hyperparams,
-        config=config, learner=learner, advantage_estimator=advantage_estimator,
+        config=config, advantage_estimator=advantage_estimator,
     )  # fmt: skip
 
 
-def _traced_scores(reward: RewardFn, rollout: Rollout) -> Float[Array, "..."]:
-    """Evaluation of a reward inside the program.
+def _scores_and_metrics(
+    output: PyTree, rollout: Rollout
+) -> tuple[Float[Array, " B"] | Float[Array, "B T"], Metrics]:
+    """What a reward returned, apart, and its metrics reduced.
 
     Raises:
-        ValueError: it needs concrete values, calls back to Python, or has a wrong shape.
+        ValueError: scores or metrics of a wrong shape.
+    """
+    scores, metrics = output, {}
+    if isinstance(output, tuple):
+        scores, metrics = check_pair("a reward", "scores or (scores, metrics)", output)
+    check_shape(
+        "the scores of a reward (one per sequence, or one per token)", scores,
+        rollout.lengths.shape, rollout.tokens.shape,
+    )  # fmt: skip
+    return scores, reward_metrics(rollout, metrics)
+
+
+def _traced_scores(reward: RewardFn, rollout: Rollout) -> PyTree:
+    """What a reward inside the program returns.
+
+    Raises:
+        ValueError: it needs concrete values, or calls back to Python for a result.
     """
     remedy = (
         "so it cannot be part of the single program; call it between `collect` and `learn`, or "
         "give a PPOTrainer a PythonReward."
     )
     try:
-        jaxpr = jax.make_jaxpr(lambda rollout: jnp.asarray(reward(rollout)))(rollout)
+        jaxpr, shape = jax.make_jaxpr(
+            lambda rollout: jax.tree.map(_inexact, reward(rollout)), return_shape=True
+        )(rollout)
     except jax.errors.JAXTypeError as error:
         raise ValueError(
             f"reward {reward!r} needs concrete values (it runs Python on text or NumPy), {remedy}"
         ) from error
-    if re.search(r"\b(\w+_callback|debug_print)\[", str(jaxpr)):
+    if _calls_back(jaxpr.jaxpr):
         raise ValueError(f"reward {reward!r} calls back to Python, {remedy}")
-    (scores,) = jax.extend.core.jaxpr_as_fun(jaxpr)(*jax.tree.leaves(rollout))
-    check_shape(
-        "the scores of a reward (one a sequence, or one a token)", scores,
-        rollout.lengths.shape, rollout.tokens.shape,
-    )  # fmt: skip
-    return scores.astype(promote_types(scores.dtype, jnp.float32))
+    outputs = jax.extend.core.jaxpr_as_fun(jaxpr)(*jax.tree.leaves(rollout))
+    return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
 
-def _advance(
-    state: TrainState, metrics: Metrics, hyperparams: Hyperparams, rollout: Rollout
-) -> TrainState:
-    kl_coef = metrics["kl_coef"]
-    if hyperparams.kl_target is not None:
-        kl_coef = adaptive_kl_coef(
-            kl_coef, metrics["kl_divergence"],
-            target=hyperparams.kl_target, horizon=hyperparams.kl_horizon,
-            num_sequences=rollout.lengths.shape[0],
-        )  # fmt: skip
-    return eqx.tree_at(lambda s: (s.iteration, s.kl_coef), state, (state.iteration + 1, kl_coef))
+def _inexact(x) -> Float[Array, "..."]:
+    x = jnp.asarray(x)
+    return x.astype(promote_types(x.dtype, jnp.float32))
+
+
+def _calls_back(jaxpr: jax.extend.core.Jaxpr) -> bool:
+    """Whether a program waits for Python. What `jax.debug` prints it does not wait for."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("pure_callback", "io_callback"):
+            return True
+        if any(_calls_back(inner) for inner in jax.extend.core.jaxprs_in_params(equation.params)):
+            return True
+    return False

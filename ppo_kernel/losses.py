@@ -3,9 +3,53 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .functions import Reduction
 from .ops.dtypes import upcast
-from .ops.kl import clamp_log_ratio
-from .types import Reduction, Scalar
+from .ops.kl import clamp_log_ratio, k3
+from .types import LossInputs, Scalar, TokenMetrics, ValueLossInputs
+
+
+def ppo_policy_loss(
+    inputs: LossInputs,
+    *,
+    clip_ratio_low: Scalar,
+    clip_ratio_high: Scalar,
+    dual_clip: Scalar | None = None,
+) -> tuple[Float[Array, "M T"], TokenMetrics]:
+    """`clipped_policy_loss` as a `functions.PolicyLoss`, with its metrics.
+
+    Args:
+        inputs: the log-probabilities, old ones and advantages are used.
+        clip_ratio_low, clip_ratio_high, dual_clip: as in `clipped_policy_loss`.
+
+    Returns:
+        (loss per token, metrics): `approx_kl`, k3 of the policy that acted against the one in
+        training, nats; `clip_fraction`, see `is_clipped`.
+    """
+    arrays = inputs.logprobs, inputs.old_logprobs, inputs.advantages
+    bounds = {"clip_ratio_low": clip_ratio_low, "clip_ratio_high": clip_ratio_high}
+    metrics: TokenMetrics = {
+        "approx_kl": k3(-(inputs.logprobs - inputs.old_logprobs)),
+        "clip_fraction": is_clipped(*arrays, **bounds),
+    }
+    return clipped_policy_loss(*arrays, **bounds, dual_clip=dual_clip), metrics
+
+
+def ppo_value_loss(
+    inputs: ValueLossInputs, *, value_clip: Scalar | None = None
+) -> tuple[Float[Array, "M T"], TokenMetrics]:
+    """`clipped_value_loss` as a `functions.ValueLoss`; it has no metrics.
+
+    Args:
+        inputs: the values, old ones and returns are used.
+        value_clip: as in `clipped_value_loss`.
+
+    Returns:
+        (loss per token, no metrics).
+    """
+    return clipped_value_loss(
+        inputs.values, inputs.old_values, inputs.returns, value_clip=value_clip
+    ), {}
 
 
 def clipped_policy_loss(

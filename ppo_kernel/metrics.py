@@ -1,8 +1,9 @@
-"""What an iteration reports of its rollout. What it reports of the update: `learner/epochs.py`."""
+"""What an iteration reports of its rollout. What it reports of the update: `learner/reports.py`."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
+from .ops.checks import check_shape
 from .ops.kl import is_clamped
 from .ops.masked import masked_mean, masked_sum
 from .rewards import last_valid
@@ -21,7 +22,7 @@ def rollout_metrics(
 
     Args:
         rollout: B sequences.
-        scores: one a sequence or one a token, reward units.
+        scores: one per sequence or one per token, reward units.
         log_ratios: log policy / reference of each token, nats.
         values, returns, rewards: before the update, reward units.
 
@@ -87,7 +88,7 @@ def nonfinite_counts(
 
     Args:
         rollout, old_logprobs, evaluation: as in `Experience` and `Evaluation`.
-        scores: one a sequence, counted where they land, or one a token.
+        scores: one per sequence, counted where they land, or one per token.
 
     Returns:
         The `nonfinite_` counters of docs/metrics.md.
@@ -105,3 +106,23 @@ def nonfinite_counts(
     return {
         name: masked_sum(x.astype(jnp.result_type(float)), rollout.mask) for name, x in bad.items()
     }
+
+
+def reward_metrics(rollout: Rollout, metrics: dict[str, Real[Array, " B"]]) -> Metrics:
+    """Means of what a reward reports, over the sequences that have a token.
+
+    Args:
+        rollout: B sequences.
+        metrics: name -> a number per sequence.
+
+    Returns:
+        Name -> mean.
+
+    Raises:
+        ValueError: a metric is no number per sequence.
+    """
+    kept = jnp.any(rollout.mask, axis=1)
+    for name, values in metrics.items():
+        check_shape(f"{name!r}, a metric of the reward,", values, kept.shape)
+    float_type = jnp.result_type(float)
+    return {name: masked_mean(x.astype(float_type), kept) for name, x in metrics.items()}

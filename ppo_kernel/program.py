@@ -1,125 +1,251 @@
 """The iteration as one compiled program: the one place of the PPO path that jits and donates."""
 
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from types import CodeType, FunctionType
+from typing import Any
 
 import equinox as eqx
 import jax
-from jax.core import Tracer
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key, PyTree
 
-from .advantages import gae
-from .config import IterationConfig
-from .iteration import collect, learn, ppo_iteration
+from .advantages import gae, whitened
+from .config import Hyperparams, IterationConfig
+from .donation import Distinct, check_learner, check_own
+from .functions import AdvantageEstimator, RewardFn
+from .iteration import Collected, collect, learn, ppo_iteration
 from .learner.state import Learner, TrainState
+from .models.heads import ValueHead
+from .models.protocol import Critic, Policy
 from .rollout.prompts import check_prompts
 from .sharding import at_rest, entered
-from .types import AdvantageEstimator, Prompts
-
-
-class CompiledIteration(NamedTuple):
-    """The iteration, several in a row, and its two halves, compiled.
-
-    `step`, `steps` and `learn` consume the state passed in. Pass the same reward object each time:
-    a function that is made anew is another program.
-
-    Attributes:
-        step: (state, reference, prompts, hyperparams, reward) -> (state, metrics).
-        steps: the same with S batches of prompts, stacked along a new first axis, -> (state,
-            metrics [S]): S iterations by `jax.lax.scan` in one program, which waits for Python
-            once and keeps its temporary memory from one to the next (bench/TRIED.md).
-        collect: (state, reference, prompts, hyperparams) -> collected.
-        learn: (state, collected, scores, hyperparams) -> (state, metrics).
-        lower: same arguments as `step`, -> `jax.stages.Lowered`: HLO, memory and cost analysis.
-    """
-
-    step: Callable
-    steps: Callable
-    collect: Callable
-    learn: Callable
-    lower: Callable
+from .types import Metrics, Prompts
 
 
 def compile_iteration(
     *,
     config: IterationConfig,
     learner: Learner = Learner(),
-    advantage_estimator: AdvantageEstimator = gae,
+    advantage_estimator: AdvantageEstimator = whitened(gae),
     mesh: Mesh | None = None,
-) -> CompiledIteration:
+) -> "CompiledIteration":
     """Jit the iteration with donated state and fixed shardings; compiles at the first call.
 
     Args:
-        config, learner, advantage_estimator: as in `ppo_iteration`.
+        config, advantage_estimator: as in `ppo_iteration`.
+        learner: makes the state, and updates it.
         mesh: its devices share the batch, the models and the moments; None for one device. Arrays
             must be on it already: see `sharding.place`.
 
     Returns:
-        The compiled functions; each compiles at its first call.
-
-    Raises:
-        ValueError: when called, what `ppo_iteration` raises; a state that was consumed or shares
-            arrays with another argument; from `steps`, prompts not stacked.
+        Methods `init`, `step`, `steps`, `collect`, `learn` and `lower`.
     """
-    second = {"config": config, "learner": learner, "advantage_estimator": advantage_estimator}
+    return CompiledIteration(config, learner, advantage_estimator, mesh)
 
-    # Equinox passes other arguments on to `jax.jit`, which its types do not say.
-    filter_jit: Any = eqx.filter_jit
-    jit = partial(filter_jit, compiler_options=compiler_options(mesh))
 
-    def iterate(state, reference, prompts, hyperparams, reward):
-        state, metrics = ppo_iteration(
-            state, reference, prompts, hyperparams, reward=reward, **second
-        )
-        return at_rest(state), metrics
+class CompiledIteration:
+    """The iteration, several in a row, and its two halves, compiled; from `compile_iteration`.
 
-    # Equinox donates every argument but the first.
-    @jit(donate="all-except-first")
-    def step(inputs, state):
-        return iterate(state, *inputs)
+    `step`, `steps` and `learn` consume the trained part of the state passed in. Frozen arrays that
+    another argument has too, such as the reference's, are one argument of the program.
 
-    @jit(donate="all-except-first")
-    def steps(inputs, state):
-        return _in_a_row(iterate, state, *inputs)
+    Args:
+        config, learner, advantage_estimator, mesh: as in `compile_iteration`.
+    """
 
-    @jit
-    def first_half(state, reference, prompts, hyperparams):
-        return collect(state, reference, prompts, hyperparams, config=config)
+    def __init__(
+        self,
+        config: IterationConfig,
+        learner: Learner,
+        advantage_estimator: AdvantageEstimator,
+        mesh: Mesh | None,
+    ):
+        self._learner, self._mesh = learner, mesh
+        self._rewards: dict[CodeType, RewardFn] = {}
+        second = {"config": config, "advantage_estimator": advantage_estimator}
+        # Equinox passes other arguments on to `jax.jit`, which its types do not say.
+        filter_jit: Any = eqx.filter_jit
+        jit = partial(filter_jit, compiler_options=compiler_options(mesh))
 
-    @jit(donate="all-except-first")
-    def second_half(inputs, state):
-        state, metrics = learn(state, *inputs, **second)
-        return at_rest(state), metrics
+        def iterate(state, reference, prompts, hyperparams, reward):
+            state, metrics = ppo_iteration(
+                state, reference, prompts, hyperparams, reward=reward, **second
+            )
+            return at_rest(state), metrics
 
-    def on_mesh(function: Callable) -> Callable:
-        def call(*arguments):
-            with entered(mesh):
-                return function(*arguments)
+        def second_half(state, collected, scores, hyperparams):
+            state, metrics = learn(state, collected, scores, hyperparams, **second)
+            return at_rest(state), metrics
 
-        return call
+        def consuming(function: Callable):
+            # Equinox donates every argument but the first.
+            @jit(donate="all-except-first")
+            def program(inputs: Distinct, consumed: TrainState):
+                frozen, *others = inputs.tree
+                state, metrics = function(replace(consumed, frozen=frozen), *others)
+                return state.detached(), metrics
 
-    def consuming(function: Callable) -> Callable:
-        def call(state, *inputs):
-            _check_own(state, inputs)
-            return function(inputs, state)
+            return program
 
-        return call
+        @jit
+        def first_half(inputs: Distinct):
+            return collect(*inputs.tree, config=config)
 
-    def checking(function: Callable, *, stacked: bool = False) -> Callable:
-        def call(state, reference, prompts, *others):
-            check_prompts(prompts, state.policy, stacked=stacked)
-            return function(state, reference, prompts, *others)
+        self._step, self._learn = consuming(iterate), consuming(second_half)
+        self._steps = consuming(partial(_in_a_row, iterate))
+        self._collect = first_half
 
-        return on_mesh(call)
+    def init(
+        self,
+        policy: Policy,
+        critic: Critic | ValueHead | None,
+        key: Key[Array, ""],
+        hyperparams: Hyperparams,
+    ) -> TrainState:
+        """The state before the first iteration, by `Learner.init`.
 
-    return CompiledIteration(
-        step=checking(consuming(step)),
-        steps=checking(consuming(steps), stacked=True),
-        collect=checking(first_half),
-        learn=on_mesh(consuming(second_half)),
-        lower=on_mesh(lambda state, *inputs: step.lower(inputs, state).lowered),
-    )
+        Args:
+            policy, critic, key, hyperparams: as there.
+
+        Returns:
+            A state for `step`.
+        """
+        return self._learner.init(policy, critic, key, hyperparams)
+
+    def step(
+        self,
+        state: TrainState,
+        reference: Policy,
+        prompts: Prompts,
+        hyperparams: Hyperparams,
+        reward: RewardFn,
+    ) -> tuple[TrainState, Metrics]:
+        """One iteration, by `ppo_iteration`.
+
+        Args:
+            state: consumed.
+            reference, prompts, hyperparams: as there.
+            reward: the same object each time; a function that is made anew is another program.
+
+        Returns:
+            (state, metrics).
+
+        Raises:
+            ValueError: what `ppo_iteration` raises; a state that was consumed, that another learner
+                made, or that shares trained arrays with another argument.
+        """
+        self._note(reward)
+        check_prompts(prompts, state.policy)
+        return self._consume(self._step, state, reference, prompts, hyperparams, reward)
+
+    def steps(
+        self,
+        state: TrainState,
+        reference: Policy,
+        batches: Prompts,
+        hyperparams: Hyperparams,
+        reward: RewardFn,
+    ) -> tuple[TrainState, dict[str, Float[Array, " S"]]]:
+        """S iterations by `jax.lax.scan` in one program.
+
+        It waits for Python once, and keeps its temporary memory between iterations.
+
+        Args:
+            state, reference, hyperparams, reward: as in `step`.
+            batches: S batches of prompts, stacked along a new first axis.
+
+        Returns:
+            (state, metrics [S]).
+
+        Raises:
+            ValueError: what `step` raises; prompts that are not stacked.
+        """
+        self._note(reward)
+        check_prompts(batches, state.policy, stacked=True)
+        return self._consume(self._steps, state, reference, batches, hyperparams, reward)
+
+    def collect(
+        self, state: TrainState, reference: Policy, prompts: Prompts, hyperparams: Hyperparams
+    ) -> Collected:
+        """The first half of an iteration, by `iteration.collect`.
+
+        Args:
+            state: not consumed.
+            reference, prompts, hyperparams: as there.
+
+        Returns:
+            What `learn` takes.
+        """
+        check_prompts(prompts, state.policy)
+        with entered(self._mesh):
+            return self._collect(Distinct.of((state, reference, prompts, hyperparams)))
+
+    def learn(
+        self, state: TrainState, collected: Collected, scores: PyTree, hyperparams: Hyperparams
+    ) -> tuple[TrainState, Metrics]:
+        """The second half of an iteration, by `iteration.learn`.
+
+        Args:
+            state: consumed.
+            collected, scores, hyperparams: as there.
+
+        Returns:
+            (state, metrics).
+
+        Raises:
+            ValueError: what `iteration.learn` and `step` raise.
+        """
+        return self._consume(self._learn, state, collected, scores, hyperparams)
+
+    def lower(
+        self,
+        state: TrainState,
+        reference: Policy,
+        prompts: Prompts,
+        hyperparams: Hyperparams,
+        reward: RewardFn,
+    ) -> jax.stages.Lowered:
+        """The program of `step`, lowered: its HLO, memory and cost analysis.
+
+        Args:
+            state, reference, prompts, hyperparams, reward: as in `step`; nothing is consumed.
+
+        Returns:
+            What `jax.jit(...).lower` gives.
+
+        Raises:
+            ValueError: what `step` raises.
+        """
+        inputs, consumed = self._split(state, reference, prompts, hyperparams, reward)
+        with entered(self._mesh):
+            return self._step.lower(inputs, consumed).lowered
+
+    def _split(self, state: TrainState, *inputs: PyTree) -> "tuple[Distinct, TrainState]":
+        """The arguments of a program: what stays, and what it consumes."""
+        consumed = state.detached()
+        check_learner(state.learner, self._learner)
+        check_own(consumed, (state.frozen, *inputs))
+        return Distinct.of((state.frozen, *inputs)), consumed
+
+    def _consume(self, program: Callable, state: TrainState, *inputs: PyTree):
+        distinct, consumed = self._split(state, *inputs)
+        with entered(self._mesh):
+            after, metrics = program(distinct, consumed)
+        return replace(after, frozen=state.frozen), metrics
+
+    def _note(self, reward: RewardFn) -> None:
+        """Warn of a function that is made anew each time, as a lambda inside a loop is."""
+        if isinstance(reward, FunctionType):
+            first = self._rewards.setdefault(reward.__code__, reward)
+            if first is not reward:
+                warnings.warn(
+                    f"reward {reward!r} is another object than {first!r}, made by the same code, so"
+                    " the iteration is compiled anew; make it once, before the loop.",
+                    stacklevel=3,
+                )
 
 
 def compiler_options(mesh: Mesh | None = None) -> dict[str, bool | str]:
@@ -148,32 +274,14 @@ def compiler_options(mesh: Mesh | None = None) -> dict[str, bool | str]:
     }
 
 
-def _check_own(state: TrainState, inputs: tuple) -> None:
-    """Refuse a state that is not there any more, or that shares arrays with another argument."""
-
-    def concrete(tree) -> list[jax.Array]:
-        leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
-        return [x for x in leaves if not isinstance(x, Tracer)]
-
-    own = concrete(state)
-    if any(x.is_deleted() for x in own):
-        raise ValueError(
-            "this state was consumed by an earlier call; go on with the state that it returned."
-        )
-    if {id(x) for x in own} & {id(x) for x in concrete(inputs)}:
-        raise ValueError(
-            "the state is consumed, but shares arrays with another argument; pass the models that "
-            "Learner.init was given as reference or reward, or copies."
-        )
-
-
 def _in_a_row(iterate: Callable, state: TrainState, reference, batches: Prompts, *others):
-    """(state, metrics [S]) of `iterate` over S batches of prompts."""
-    arrays, static = eqx.partition(state, eqx.is_array)
+    """(state, metrics [S]) of `iterate` over S batches of prompts; frozen leaves stay outside."""
+    arrays, static = eqx.partition(state.detached(), eqx.is_array)
 
     def body(arrays, prompts):
-        state, metrics = iterate(eqx.combine(arrays, static), reference, prompts, *others)
-        return eqx.filter(state, eqx.is_array), metrics
+        whole = replace(eqx.combine(arrays, static), frozen=state.frozen)
+        after, metrics = iterate(whole, reference, prompts, *others)
+        return eqx.filter(after.detached(), eqx.is_array), metrics
 
     arrays, metrics = jax.lax.scan(body, arrays, batches)
     return eqx.combine(arrays, static), metrics

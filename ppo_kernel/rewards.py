@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .functions import KLEstimator
 from .ops.checks import check_shape
 from .ops.dtypes import promote_types, upcast
-from .types import KLEstimator, Scalar
+from .types import Scalar
 
 
 def token_rewards(

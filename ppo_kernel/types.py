@@ -12,7 +12,8 @@ Prompts are left-padded and responses right-padded. A mask says which slots hold
 token; it comes from lengths or from the caller, never from comparing with a pad id.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import KW_ONLY
 from typing import TypeAlias
 
 import equinox as eqx
@@ -156,17 +157,18 @@ class Evaluation(eqx.Module):
 
 
 class Experience(eqx.Module):
-    """All that the update needs (stages 3 and 4 done).
+    """All that the update needs (stages 3 and 4 done), each field by its name.
 
     Attributes:
         rollout: tokens and masks.
         old_logprobs: under the policy that acted, nats.
         reference_logprobs: under the frozen policy, nats.
         old_values: the critic's at the time of the rollout, reward units.
-        advantages: as the policy loss takes them, whitened if so configured.
+        advantages: as the policy loss takes them.
         returns: regression targets of the critic, reward units.
     """
 
+    _: KW_ONLY
     rollout: Rollout
     old_logprobs: Float[Array, "B T"]
     reference_logprobs: Float[Array, "B T"]
@@ -175,27 +177,53 @@ class Experience(eqx.Module):
     returns: Float[Array, "B T"]
 
 
-RewardFn: TypeAlias = Callable[[Rollout], Float[Array, " B"] | Float[Array, "B T"]]
-"""rollout -> one score a sequence [B], or one a token [B, T].
+class LossInputs(eqx.Module):
+    """What a policy loss sees: whole sequences of a minibatch.
 
-A JAX-traceable one (a function, or an `eqx.Module` with parameters) sits inside the single
-program; a Python one runs between `collect` and `learn`.
-"""
+    Every array is 0 where `mask` is false, so that no product with such a slot is NaN.
 
-KLEstimator: TypeAlias = Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]
-"""log-ratio log(policy / reference) per token -> KL estimate per token, in nats."""
+    Attributes:
+        logprobs: of the response tokens under the policy in training, nats; with its gradient.
+        old_logprobs: under the policy that acted, nats.
+        behaviour_logprobs: under the restricted distribution that was sampled from, nats.
+        reference_logprobs: under the frozen policy, nats.
+        entropy: of the distribution of each token under the policy in training, nats; with its
+            gradient.
+        advantages: constant with respect to the parameters.
+        mask: the tokens that are trained on.
+        weights: of each token in the sum that is minimised, those of the whole minibatch.
+    """
 
-Reduction: TypeAlias = Callable[[Bool[Array, "M T"]], Float[Array, "M T"]]
-"""Response mask of a whole minibatch -> weight of each token; a loss is sum(weight * loss)."""
+    logprobs: Float[Array, "M T"]
+    old_logprobs: Float[Array, "M T"]
+    behaviour_logprobs: Float[Array, "M T"]
+    reference_logprobs: Float[Array, "M T"]
+    entropy: Float[Array, "M T"]
+    advantages: Float[Array, "M T"]
+    mask: Bool[Array, "M T"]
+    weights: Float[Array, "M T"]
 
-AdvantageEstimator: TypeAlias = Callable[..., tuple[Float[Array, "B T"], Float[Array, "B T"]]]
-"""(rewards, values, mask, bootstrap_values, *, gamma, lam) -> (advantages, returns), all [B, T]."""
 
-PolicyLoss: TypeAlias = Callable[..., Float[Array, "M T"]]
-"""(logprobs, old_logprobs, advantages, *, clip_ratio_low, clip_ratio_high, dual_clip) -> [M, T]."""
+class ValueLossInputs(eqx.Module):
+    """What a value loss sees, as in `LossInputs`; reward units.
 
-ValueLoss: TypeAlias = Callable[..., Float[Array, "M T"]]
-"""(values, old_values, returns, *, value_clip) -> [M, T]."""
+    Attributes:
+        values: of the critic in training, before each response token; with its gradient.
+        old_values: at the time of the rollout.
+        returns: regression targets.
+        mask: the tokens that are trained on.
+        weights: of each token in the sum that is minimised, those of the whole minibatch.
+    """
+
+    values: Float[Array, "M T"]
+    old_values: Float[Array, "M T"]
+    returns: Float[Array, "M T"]
+    mask: Bool[Array, "M T"]
+    weights: Float[Array, "M T"]
+
+
+TokenMetrics: TypeAlias = dict[str, Real[Array, "M T"] | Bool[Array, "M T"]]
+"""Name -> a number per token; its mean over valid tokens and optimizer steps is reported."""
 
 
 def _padded(

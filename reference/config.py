@@ -3,16 +3,24 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .losses import token_mean
 from .ops.kl import k1
-from .ops.masked import token_mean
+
+
+@dataclass(frozen=True)
+class OptimizerHyperparams:
+    """How far one model steps."""
+
+    learning_rate: float
+    max_grad_norm: float | None
 
 
 @dataclass(frozen=True)
 class Hyperparams:
     """Numbers; None switches a term off."""
 
-    learning_rate_actor: float
-    learning_rate_critic: float
+    actor: OptimizerHyperparams
+    critic: OptimizerHyperparams
     clip_ratio_low: float
     clip_ratio_high: float
     dual_clip: float | None
@@ -27,8 +35,6 @@ class Hyperparams:
     temperature: float
     top_p: float | None
     min_p: float | None
-    max_grad_norm_actor: float | None
-    max_grad_norm_critic: float | None
     missing_eos_penalty: float
     score_clip: float | None
 
@@ -49,14 +55,14 @@ class GenerationConfig:
 class IterationConfig:
     """Settings of an iteration.
 
-    `loss_kl_slope` is the derivative of `loss_kl`, the KL estimator in the loss. Epochs and
+    `kl_slope` is the derivative of `kl_estimator`, for a penalty in the loss. Epochs and
     minibatches are the rows of the order that an update is given.
     """
 
     generation: GenerationConfig
-    reward_kl: Callable | None = k1
-    loss_kl: Callable | None = None
-    loss_kl_slope: Callable | None = None
+    kl_estimator: Callable | None = k1
+    kl_slope: Callable | None = None
+    kl_in_loss: bool = False
     reduction: Callable = token_mean
     whiten_advantages: bool = True
     bootstrap_truncated: bool = False

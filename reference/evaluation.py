@@ -59,10 +59,12 @@ def response_values(
 
 
 def evaluate(
-    policy: Model, reference: Model, critic: Model, rollout: Rollout, *, temperature: float
+    policy: Model, reference: Model, critic: Model | None, rollout: Rollout, *, temperature: float
 ) -> Evaluation:
-    """Reference log-probabilities and values."""
+    """Reference log-probabilities and values; without a critic every value is 0."""
     logprobs, _ = response_logprobs(reference, rollout, temperature=temperature)
+    if critic is None:
+        return Evaluation(logprobs, np.zeros_like(logprobs), np.zeros(len(logprobs)))
     return Evaluation(logprobs, *response_values(critic, policy, rollout))
 
 

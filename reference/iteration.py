@@ -9,13 +9,14 @@ from jaxtyping import Float64, Int
 from .advantages import gae
 from .config import Hyperparams, IterationConfig
 from .evaluation import evaluate, response_logprobs
+from .learner.epochs import update
+from .learner.state import TrainState
 from .metrics import rollout_metrics
 from .models.heads import Model
 from .ops.masked import whiten
 from .rewards import adaptive_kl_coef, token_rewards
 from .rollout import generate
 from .types import Evaluation, Experience, Prompts, Rollout
-from .update import TrainState, update
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def experience_of(
     rewards = token_rewards(
         sequence_scores, old_logprobs - evaluation.reference_logprobs,
         rollout.mask, rollout.terminated,
-        kl_coef=state.kl_coef, kl_estimator=config.reward_kl,
+        kl_coef=state.kl_coef, kl_estimator=None if config.kl_in_loss else config.kl_estimator,
         missing_eos_penalty=hyperparams.missing_eos_penalty, score_clip=hyperparams.score_clip,
     )  # fmt: skip
     continues = ~rollout.terminated & config.bootstrap_truncated
@@ -102,8 +103,10 @@ def experience_of(
     if config.whiten_advantages:
         advantages = whiten(raw_advantages, rollout.mask)
     experience = Experience(
-        rollout, old_logprobs, evaluation.reference_logprobs, evaluation.values, advantages, returns
-    )
+        rollout=rollout, old_logprobs=old_logprobs,
+        reference_logprobs=evaluation.reference_logprobs, old_values=evaluation.values,
+        advantages=advantages, returns=returns,
+    )  # fmt: skip
     return Trace(
         rollout, evaluation, sequence_scores, rewards, bootstrap_values, raw_advantages, experience
     )

@@ -39,7 +39,7 @@ class Evaluation:
     bootstrap_values: Float64[np.ndarray, " B"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Experience:
     """All that the update needs."""
 

@@ -5,13 +5,14 @@ import equinox as eqx
 import jax.numpy as jnp
 import tiny
 
-from ppo_kernel.config import Hyperparams
 from ppo_kernel.models import LanguageModel
+from ppo_kernel.ops.kl import k3
 
 SETTINGS = {
-    "learning_rate_actor": 1e-2, "learning_rate_critic": 1e-2, "dual_clip": 3.0, "kl_coef": 0.1,
+    "rate": 1e-2, "dual_clip": 3.0, "kl_coef": 0.1,
     "entropy_coef": 0.01, "missing_eos_penalty": 1.0, "score_clip": 5.0,
 }  # fmt: skip
+K3_LOSS = {"kl_estimator": k3, "kl_in_loss": True}
 STEPS = 4
 """Optimizer steps of `tiny.iteration_config`: two epochs of two minibatches."""
 
@@ -40,7 +41,7 @@ class BanningPolicy(eqx.Module):
 
 
 def one_step(config, policy, batch, critic=None, **settings):
-    hyperparams = Hyperparams(**(SETTINGS | settings))
+    hyperparams = tiny.hyperparams(**(SETTINGS | settings))
     state = tiny.start(hyperparams, policy=policy, critic=critic)
     return tiny.one_step(state, policy, batch, hyperparams, config)
 

@@ -99,14 +99,22 @@ def draw_rollout(rows: int, shape: tuple[int, int], vocabulary: int, rng) -> Rol
 def to_reference(record):
     """A shipped record (or `Hyperparams`) as the reference's, on NumPy arrays and Python floats."""
     if isinstance(record, Hyperparams):
-        numbers = {f.name: getattr(record, f.name) for f in fields(record)}
         return reference.config.Hyperparams(
-            **{name: None if x is None else float(x) for name, x in numbers.items()}
+            actor=reference.config.OptimizerHyperparams(**_numbers(record.actor)),
+            critic=reference.config.OptimizerHyperparams(**_numbers(record.critic)),
+            **_numbers(record),
         )
     if isinstance(record, RECORDS):
         twin = getattr(reference.types, type(record).__name__)
         return twin(**{f.name: to_reference(getattr(record, f.name)) for f in fields(record)})
     return _exact(record)
+
+
+def _numbers(record) -> dict:
+    """The numbers of hyper-parameters by name, without those of the optimizers."""
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    values = {name: x for name, x in values.items() if name not in ("actor", "critic")}
+    return {name: None if x is None else float(x) for name, x in values.items()}
 
 
 def _exact(x) -> np.ndarray:
@@ -115,8 +123,10 @@ def _exact(x) -> np.ndarray:
     return x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x
 
 
-def model_to_reference(model) -> reference.models.heads.Model:
-    """A shipped policy, critic or head as the reference's."""
+def model_to_reference(model) -> reference.models.heads.Model | None:
+    """A shipped policy, critic or head as the reference's; None for no critic."""
+    if model is None:
+        return None
     if isinstance(model, ValueHead):
         return reference.models.heads.Model(parameters_of(model), None)
     return reference.models.heads.Model(parameters_of(model), config_of(model.trunk.config))

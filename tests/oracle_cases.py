@@ -11,21 +11,23 @@ import oracle
 import reference.config
 import reference.derivatives
 import reference.evaluation
+import reference.losses
 import reference.ops.kl
-import reference.ops.masked
+from ppo_kernel import losses
 from ppo_kernel.config import GenerationConfig, IterationConfig
 from ppo_kernel.evaluation import ModelReward
-from ppo_kernel.ops import kl, masked
+from ppo_kernel.ops import kl
 
 K1 = (kl.k1, reference.ops.kl.k1, reference.derivatives.k1_slope)
 K2 = (kl.k2, reference.ops.kl.k2, reference.derivatives.k2_slope)
 K3 = (kl.k3, reference.ops.kl.k3, reference.derivatives.k3_slope)
 K3_LIKE_K2 = (kl.with_gradient_of(kl.k3, kl.k2), reference.ops.kl.k3, K2[2])
 NO_KL = (None, None, None)
+NO_CRITIC = "none"
 
-TOKEN_MEAN = (masked.token_mean, reference.ops.masked.token_mean)
-SEQUENCE_MEAN = (masked.sequence_mean, reference.ops.masked.sequence_mean)
-FIXED_MEAN = (masked.fixed_mean(5), reference.ops.masked.fixed_mean(5))
+TOKEN_MEAN = (losses.token_mean, reference.losses.token_mean)
+SEQUENCE_MEAN = (losses.sequence_mean, reference.losses.sequence_mean)
+FIXED_MEAN = (losses.fixed_mean(5), reference.losses.fixed_mean(5))
 
 TASTE = np.cos(np.arange(50.0))
 """Reward units of each token id."""
@@ -77,12 +79,13 @@ class Case:
 
     name: str
     trunk: dict = field(default_factory=dict)
-    critic: dict | None = field(default_factory=dict)
+    critic: dict | str | None = field(default_factory=dict)
     generation: dict = field(default_factory=dict)
     iteration: dict = field(default_factory=dict)
-    optional: tuple[str, ...] = ("value_clip", "max_grad_norm_actor", "max_grad_norm_critic")
-    reward_kl: tuple = K1
-    loss_kl: tuple = NO_KL
+    optional: tuple[str, ...] = ("value_clip", "actor", "critic")
+    kl: tuple = K1
+    kl_in_loss: bool = False
+    whiten: bool = True
     reduction: tuple = TOKEN_MEAN
     reward: object = SequenceTaste()
     prompts: tuple[int, int] = (4, 3)
@@ -93,17 +96,20 @@ class Case:
     def trunk_config(self):
         return oracle.trunk_config(**self.trunk)
 
-    def critic_config(self):
-        """None for a head on the policy's trunk."""
-        return None if self.critic is None else oracle.trunk_config(**self.critic)
+    def draw_critic(self, rng):
+        """A model, or a head on the policy's trunk, or None."""
+        if self.critic == NO_CRITIC:
+            return None
+        config = None if self.critic is None else oracle.trunk_config(**self.critic)
+        return oracle.draw_critic(config, self.trunk_config().hidden_size, rng)
 
     def config(self):
         generation = {"max_new_tokens": 5, "eos_token_ids": (1,)} | self.generation
         steps = {"num_epochs": 2, "num_minibatches": 2}
         parts = {
             "generation": GenerationConfig(**generation),
-            "reward_kl": self.reward_kl[0],
-            "loss_kl": self.loss_kl[0],
+            "kl_estimator": self.kl[0],
+            "kl_in_loss": self.kl_in_loss,
             "reduction": self.reduction[0],
         }
         return IterationConfig(**parts, **(steps | self.iteration))
@@ -114,9 +120,10 @@ class Case:
         del generation["decode_slots"]  # it decides speed, never the result
         return reference.config.IterationConfig(
             generation=reference.config.GenerationConfig(**generation),
-            reward_kl=self.reward_kl[1],
-            loss_kl=self.loss_kl[1],
-            loss_kl_slope=self.loss_kl[2],
+            kl_estimator=self.kl[1],
+            kl_slope=self.kl[2],
+            kl_in_loss=self.kl_in_loss,
+            whiten_advantages=self.whiten,
             reduction=self.reduction[1],
             **{name: x for name, x in self.iteration.items() if name not in steps},
         )
@@ -126,25 +133,28 @@ CASES = [
     Case("grouped", trunk={"qkv_bias": True, "qk_norm": True}, prompts=(2, 3),
          generation={"samples_per_prompt": 2, "top_k": 7, "eos_token_ids": (1, 4, 9),
                      "min_new_tokens": 2},
-         iteration={"microbatch_size": 1}, reward_kl=NO_KL, loss_kl=K2,
-         optional=("value_clip", "dual_clip", "max_grad_norm_actor")),
+         iteration={"microbatch_size": 1}, kl=K2, kl_in_loss=True,
+         optional=("value_clip", "dual_clip", "actor")),
     Case("shared-tied", trunk={"tie_embeddings": True, "qkv_bias": True}, critic=None,
-         iteration={"bootstrap_truncated": True, "whiten_advantages": False},
-         loss_kl=K3_LIKE_K2, reduction=FIXED_MEAN, optional=("max_grad_norm_actor",)),
-    Case("nucleus", trunk={"qk_norm": True, "tie_embeddings": True}, reward_kl=K3,
+         iteration={"bootstrap_truncated": True}, whiten=False,
+         kl=K3_LIKE_K2, kl_in_loss=True, reduction=FIXED_MEAN, optional=("actor",)),
+    Case("nucleus", trunk={"qk_norm": True, "tie_embeddings": True}, kl=K3,
          reduction=SEQUENCE_MEAN, optional=("top_p", "min_p", "score_clip", "dual_clip"),
          iteration={"recompute_old_logprobs": True, "logprob_chunk_size": 3, "num_epochs": 3}),
     Case("shared-adaptive", critic=None, reduction=SEQUENCE_MEAN, reward=TokenTaste(),
-         reward_kl=K2, loss_kl=K3, optional=("kl_target", "value_clip", "max_grad_norm_critic"),
+         kl=K3, kl_in_loss=True, optional=("kl_target", "value_clip", "critic"),
          iteration={"microbatch_size": 2, "num_minibatches": 1}),
     Case("never-ends", trunk={"num_kv_heads": 1, "num_layers": 1, "hidden_size": 12},
          critic={"num_kv_heads": 4, "num_layers": 3}, reward=Judge(), prompts=(3, 4),
-         generation={"eos_token_ids": (), "max_new_tokens": 4}, loss_kl=K1,
+         generation={"eos_token_ids": (), "max_new_tokens": 4}, kl=K1, kl_in_loss=True,
          iteration={"num_minibatches": 3, "bootstrap_truncated": True}),
     Case("pad-is-eos", trunk={"num_kv_heads": 4, "vocab_size": 11}, prompts=(2, 3),
          critic={"vocab_size": 11, "tie_embeddings": True, "qkv_bias": True, "qk_norm": True},
          generation={"eos_token_ids": (2, 3, 5), "pad_token_id": 2, "samples_per_prompt": 3},
-         iteration={"num_minibatches": 2, "microbatch_size": 1}),
+         iteration={"num_minibatches": 2, "microbatch_size": 1}, kl=K2),
+    Case("no-critic", critic=NO_CRITIC, prompts=(2, 3), generation={"samples_per_prompt": 2},
+         optional=("actor", "kl_target"), iteration={"microbatch_size": 1}),
+    Case("no-penalty", kl=NO_KL, trunk={"num_layers": 1}, iteration={"num_epochs": 1}),
 ]  # fmt: skip
 
 
@@ -166,8 +176,6 @@ SINGLE = ("grouped", "nucleus", "pad-is-eos")
 FLOAT32_CASES = [once_in_float32(case) for case in CASES if case.name in SINGLE]
 
 REQUIRED = {
-    "learning_rate_actor": st.floats(1e-3, 5e-2),
-    "learning_rate_critic": st.floats(1e-3, 5e-2),
     "clip_ratio_low": st.floats(0.02, 0.5),
     "clip_ratio_high": st.floats(0.02, 0.5),
     "gamma": st.floats(0.0, 1.0),
@@ -185,13 +193,21 @@ OPTIONAL = {
     "kl_target": st.floats(0.1, 5.0),
     "top_p": st.floats(0.3, 1.0),
     "min_p": st.floats(0.01, 0.3),
-    "max_grad_norm_actor": st.floats(0.01, 1.0),
-    "max_grad_norm_critic": st.floats(0.01, 1.0),
     "score_clip": st.floats(0.1, 2.0),
 }
 
 
 def hyperparameters(case):
-    """Drawn numbers; those that a case does not name among its optional ones are None."""
+    """Drawn numbers; those that a case does not name among its optional ones are None.
+
+    "actor" and "critic" stand for the gradient clip of each.
+    """
     optional = {k: v if k in case.optional else st.none() for k, v in OPTIONAL.items()}
-    return st.fixed_dictionaries(REQUIRED | optional)
+    sides = {side: optimizer(clipped=side in case.optional) for side in ("actor", "critic")}
+    return st.fixed_dictionaries(REQUIRED | optional | sides)
+
+
+def optimizer(*, clipped):
+    """Learning rate and gradient clip of one model."""
+    limits = st.floats(0.01, 1.0) if clipped else st.none()
+    return st.fixed_dictionaries({"learning_rate": st.floats(1e-3, 5e-2), "max_grad_norm": limits})

@@ -18,6 +18,7 @@ MODULES = (
     *("rollout/generate", "rollout/decoding", "rollout/lockstep", "rollout/slots"),
     *("evaluation", "metrics"),
     *("learner/state", "learner/optimizer", "learner/gradient", "learner/epochs"),
+    *("learner/reports", "donation"),
     *("iteration", "program", "ops/checks", "ops/dtypes", "models/kernels/products"),
     *("sharding", "models/protocol", "models/kv_cache", "models/kernels/cudnn"),
     *("rollout/prompts", "testing/functions", "testing/policies"),

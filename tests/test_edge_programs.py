@@ -8,18 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from edges import SETTINGS, STEPS, BanningPolicy, assert_finite, assert_unchanged, one_step
+from edges import (
+    K3_LOSS,
+    SETTINGS,
+    STEPS,
+    BanningPolicy,
+    assert_finite,
+    assert_unchanged,
+    one_step,
+)
 
 from ppo_kernel.config import Hyperparams
 from ppo_kernel.evaluation import full_sequences, response_logprobs
 from ppo_kernel.iteration import collect
-from ppo_kernel.ops.kl import k3
 from ppo_kernel.program import compile_iteration
 
 
 def test_tokens_that_the_policy_bans_are_no_edge():
     policy = BanningPolicy(tiny.language_model())
-    state, metrics = one_step(tiny.iteration_config(loss_kl=k3), policy, tiny.prompts())
+    state, metrics = one_step(tiny.iteration_config(**K3_LOSS), policy, tiny.prompts())
     assert_finite(state, metrics)
     assert metrics["skipped_minibatches"] == 0
     rollout = jax.jit(
@@ -33,7 +40,7 @@ def test_tokens_that_the_policy_bans_are_no_edge():
 
 
 def test_tokens_that_the_reference_bans_are_infinitely_unlikely_and_counted():
-    hyperparams, policy = Hyperparams(**SETTINGS), tiny.language_model()
+    hyperparams, policy = tiny.hyperparams(**SETTINGS), tiny.language_model()
     state = tiny.start(hyperparams, policy=policy)
     reference = BanningPolicy(policy)
     after, metrics = tiny.one_step(
@@ -50,7 +57,7 @@ def test_a_vocabulary_of_one_and_a_response_of_eos_alone():
     policy = tiny.language_model(vocab_size=1)
     batch = dataclasses.replace(tiny.prompts((2,)), tokens=jnp.zeros((1, 4), jnp.int32))
     config = tiny.iteration_config(
-        tiny.generation(eos_token_ids=(0,)), num_minibatches=1, loss_kl=k3
+        tiny.generation(eos_token_ids=(0,)), num_minibatches=1, **K3_LOSS
     )
     state, metrics = one_step(config, policy, batch)
     assert_finite(state, metrics)
@@ -91,7 +98,7 @@ def test_a_pad_id_outside_of_the_vocabulary_changes_nothing():
 
 def test_a_constant_reward_has_no_advantage_and_no_noise():
     """Zero variance under whitening."""
-    hyperparams = Hyperparams(**(SETTINGS | {"kl_coef": 0.0, "entropy_coef": 0.0, "lam": 1.0}))
+    hyperparams = tiny.hyperparams(**(SETTINGS | {"kl_coef": 0.0, "entropy_coef": 0.0, "lam": 1.0}))
     hyperparams = eqx.tree_at(lambda h: h.missing_eos_penalty, hyperparams, jnp.zeros(()))
     critic = jax.tree.map(jnp.zeros_like, tiny.value_model())
     state = tiny.start(hyperparams, critic=critic)

@@ -3,7 +3,7 @@
 Numbers are planted in one program; `test_edge_programs.py` has the edges with their own.
 """
 
-import dataclasses
+from dataclasses import fields
 from functools import cache
 
 import equinox as eqx
@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from edges import SETTINGS, STEPS, assert_finite, assert_unchanged
+from edges import K3_LOSS, SETTINGS, STEPS, assert_finite, assert_unchanged
 from jaxtyping import Array, Float
 
-from ppo_kernel.config import Hyperparams
+from ppo_kernel.config import Hyperparams, OptimizerHyperparams
 from ppo_kernel.iteration import collect, learn
-from ppo_kernel.ops.kl import k3
 from ppo_kernel.program import compile_iteration
 from ppo_kernel.types import Rollout
 
@@ -37,7 +36,7 @@ class TableReward(eqx.Module):
 @cache
 def inputs():
     """(state, reference, prompts, hyper-parameters, reward) of the program below."""
-    hyperparams = Hyperparams(**SETTINGS)
+    hyperparams = tiny.hyperparams(**SETTINGS)
     reward = TableReward(jnp.linspace(-1.0, 1.0, 8))
     return (
         tiny.start(hyperparams), tiny.language_model(seed=8), tiny.prompts(), hyperparams, reward
@@ -46,7 +45,7 @@ def inputs():
 
 @cache
 def compiled_step():
-    config = tiny.iteration_config(loss_kl=k3, microbatch_size=2, bootstrap_truncated=True)
+    config = tiny.iteration_config(**K3_LOSS, microbatch_size=2, bootstrap_truncated=True)
     return compile_iteration(config=config).step
 
 
@@ -75,10 +74,14 @@ PLANTS = {
 } | {
     name: (lambda i, name=name: getattr(i[3], name), "skipped_minibatches")
     for name in (
-        "learning_rate_actor", "learning_rate_critic", "clip_ratio_low", "clip_ratio_high",
-        "dual_clip", "value_clip", "gamma", "lam", "kl_coef", "entropy_coef", "value_coef",
-        "max_grad_norm_actor", "max_grad_norm_critic", "missing_eos_penalty", "score_clip",
+        "clip_ratio_low", "clip_ratio_high", "dual_clip", "value_clip", "gamma", "lam", "kl_coef",
+        "entropy_coef", "value_coef", "missing_eos_penalty", "score_clip",
     )
+} | {
+    f"{side}.{name}": (
+        lambda i, side=side, name=name: getattr(getattr(i[3], side), name), "skipped_minibatches"
+    )
+    for side in ("actor", "critic") for name in ("learning_rate", "max_grad_norm")
 } | {"temperature": (lambda i: i[3].temperature, "nonfinite_logprobs")}  # fmt: skip
 
 
@@ -120,10 +123,12 @@ def test_an_infinite_score_is_counted_and_clipped(value):
 
 
 def test_hyperparameters_out_of_range_are_refused():
-    for name in (field.name for field in dataclasses.fields(Hyperparams)):
-        for value in (NAN, INF, -INF):
+    numbers = [(OptimizerHyperparams, field.name) for field in fields(OptimizerHyperparams)]
+    numbers += [(Hyperparams, field.name) for field in fields(Hyperparams)]
+    for record, name in numbers:
+        for value in (NAN, INF, -INF) if name not in ("actor", "critic") else ():
             with pytest.raises(ValueError, match=f"{name} must be finite.*got {value}"):
-                Hyperparams(**{name: value})
+                record(**{name: value})
     for name, value in (("gamma", 1.01), ("temperature", 0.0), ("dual_clip", 1.0), ("top_p", 0.0)):
         with pytest.raises(ValueError, match=f"{name} must be finite, a.*, got {value}"):
             Hyperparams(**{name: value})

@@ -8,10 +8,10 @@ from edges import BanningPolicy, assert_finite
 from test_update_edges import experience, language_model, unclamped_loss, updated
 
 from ppo_kernel.learner.state import Learner
-from ppo_kernel.losses import clipped_policy_loss
+from ppo_kernel.losses import ppo_policy_loss
 
 
-@pytest.mark.parametrize("loss", [clipped_policy_loss, unclamped_loss])
+@pytest.mark.parametrize("loss", [ppo_policy_loss, unclamped_loss])
 def test_a_hole_with_a_token_that_the_policy_cannot_write_is_no_edge(float64, loss):
     """Its log-probability there is -inf."""
     whole = experience()

@@ -19,7 +19,8 @@ DOWN = {
     "demos": {"command"},
     "command": {"trainer"},
     "trainer": {"program", "io"},
-    "program": {"iteration"},
+    "program": {"iteration", "donation"},
+    "donation": {"learner"},
     "iteration": {"rollout", "learner", "advantages", "metrics"},
     "metrics": {"rewards"},
     "learner": {"evaluation", "losses"},
@@ -30,7 +31,8 @@ DOWN = {
     "models": {"sharding"},
     "sharding": {"config"},
     "config": {"losses"},
-    "ops": {"types"},
+    "ops": {"functions"},
+    "functions": {"types"},
     "types": set(),
 }
 """Each part of the package and what stands right below it; what stands below that is below too."""

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from enumeration import (
     LENGTH,
     PROMPTS,
@@ -39,7 +40,8 @@ from enumeration import (
     world,
 )
 
-from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
+from ppo_kernel.advantages import gae, whitened
+from ppo_kernel.config import GenerationConfig, IterationConfig
 from ppo_kernel.iteration import learn
 from ppo_kernel.learner.state import Learner
 from ppo_kernel.losses import fixed_mean, sequence_mean, token_mean
@@ -52,13 +54,13 @@ REPORTING = Learner(optax.trace(decay=0.0), optax.trace(decay=0.0))
 """Its optimizers keep the last gradient as their state."""
 HYPERPARAMS = {
     "gamma": 1.0, "lam": 1.0, "clip_ratio_low": 1.0, "clip_ratio_high": 1e6, "value_clip": None,
-    "max_grad_norm_actor": None, "max_grad_norm_critic": None, "kl_coef": KL_COEF,
-    "learning_rate_actor": 0.0, "learning_rate_critic": 0.0,
+    "kl_coef": KL_COEF, "actor": {"max_grad_norm": None}, "critic": {"max_grad_norm": None},
+    "rate": 0.0,
 }  # fmt: skip
 
 
 @cache
-def expectation(config: IterationConfig):
+def expectation(config: IterationConfig, advantage_estimator):
     """(state, batches, scores, probabilities, hyperparams) -> expected gradient and metrics."""
 
     @eqx.filter_jit
@@ -66,7 +68,7 @@ def expectation(config: IterationConfig):
         def estimator(batch, scores):
             after, metrics = learn(
                 state, batch, scores, hyperparams,
-                config=config, learner=REPORTING,
+                config=config, advantage_estimator=advantage_estimator,
             )  # fmt: skip
             return after.actor_optimizer_state.trace, metrics
 
@@ -76,19 +78,19 @@ def expectation(config: IterationConfig):
     return expected
 
 
-def expected_estimate(name, scores, *, probabilities=None, hyperparams=None, **settings):
+def expected_estimate(name, scores, *, probabilities=None, hyperparams=None, advantages=gae,
+                      **settings):  # fmt: skip
     """Expected (gradient, metrics) of the shipped `learn`, over every batch of the world."""
     w = world(name)
-    settings = {"reduction": FIXED_MEAN, "reward_kl": None, "whiten_advantages": False,
-                "num_epochs": 1} | settings  # fmt: skip
+    settings = {"reduction": FIXED_MEAN, "kl_estimator": None, "num_epochs": 1} | settings
     config = IterationConfig(
         GenerationConfig(max_new_tokens=LENGTH, eos_token_ids=WORLDS[name]), **settings
     )
-    hyperparams = Hyperparams(**(HYPERPARAMS | (hyperparams or {})))
+    hyperparams = tiny.hyperparams(**(HYPERPARAMS | (hyperparams or {})))
     policy, _, critic = w.models
     state = REPORTING.init(policy, critic, jax.random.key(0), hyperparams)
     probabilities = w.probabilities if probabilities is None else probabilities
-    return expectation(config)(
+    return expectation(config, advantages)(
         state, jax.tree.map(lambda x: x[w.batches], w.rows), jnp.asarray(scores)[w.batches],
         jnp.prod(probabilities[w.batches], axis=1), hyperparams,
     )  # fmt: skip
@@ -170,7 +172,7 @@ def test_law_6_the_exact_gradient_is_the_slope_of_the_objective(float64):
 def test_law_6_k1_in_the_reward_is_the_gradient_of_the_sequence_kl(float64, name):
     w = world(name)
     scores = w.scores["a sequence"]
-    gradient, metrics = expected_estimate(name, scores, reward_kl=k1)
+    gradient, metrics = expected_estimate(name, scores, kl_estimator=k1)
     assert distance(gradient, exact_gradient(name, scores, KL_COEF)) < 1e-10
     kl = sequence_kl(name)
     np.testing.assert_allclose(metrics["kl_divergence"], kl / PROMPTS, rtol=1e-10)
@@ -181,7 +183,7 @@ def test_law_6_k3_in_the_reward_has_the_value_of_the_kl_but_not_its_gradient(flo
     name = "EOS"
     w = world(name)
     scores = w.scores["a sequence"]
-    gradient, metrics = expected_estimate(name, scores, reward_kl=k3)
+    gradient, metrics = expected_estimate(name, scores, kl_estimator=k3)
     x = w.rows.old_logprobs - w.rows.evaluation.reference_logprobs
     penalty = jnp.sum(jnp.where(w.rows.rollout.mask, jnp.exp(-x) - 1.0 + x, 0.0), axis=1)
     exact = exact_gradient(name, scores - KL_COEF * penalty)
@@ -206,7 +208,7 @@ def test_law_6_kl_in_the_loss_has_the_value_and_the_gradient_it_claims(float64, 
     w = world(name)
     shipped, unbiased, claimed = LOSS_KL[estimator]
     scores = w.scores["a sequence"]
-    gradient, metrics = expected_estimate(name, scores, loss_kl=shipped)
+    gradient, metrics = expected_estimate(name, scores, kl_estimator=shipped, kl_in_loss=True)
     expected = exact_gradient(name, scores)
     if claimed is not None:
         expected = combined(expected, -KL_COEF, gradient_over_prefixes(name, claimed))
@@ -231,7 +233,7 @@ def restricted(name):
 BIASED = {
     "weights by the lengths drawn": {"reduction": token_mean},
     "weights by each length": {"reduction": sequence_mean},
-    "whitening": {"whiten_advantages": True},
+    "whitening": {"advantages": whitened(gae)},
     "top-2 sampling": {},
 }
 

@@ -70,7 +70,7 @@ def test_law_1_unchanged_parameters_have_no_kl(name, recompute):
 @pytest.mark.parametrize("recompute", [False, True], ids=["rollout", "recomputed"])
 def test_law_1_unchanged_parameters_have_ratio_one(recompute):
     static, traced = SAMPLING["all"]
-    hyperparams = Hyperparams(learning_rate_actor=0.0, learning_rate_critic=0.0, **traced)
+    hyperparams = tiny.hyperparams(rate=0.0, **traced)
     policy = tiny.language_model()
     config = tiny.iteration_config(tiny.generation(**static), recompute_old_logprobs=recompute)
     state = tiny.start(hyperparams, policy=policy)
@@ -153,7 +153,7 @@ def test_law_4_float32_tokens_are_the_same_wherever_the_margin_allows():
 
 
 def test_law_4_iterations_do_not_repeat_their_noise(float64):
-    hyperparams = Hyperparams(learning_rate_actor=0.0, learning_rate_critic=0.0)
+    hyperparams = tiny.hyperparams(rate=0.0)
     policy, config = tiny.language_model(), tiny.iteration_config(num_epochs=1)
     state = tiny.start(hyperparams, policy=policy)
     inputs = (policy, tiny.prompts(), hyperparams)
@@ -165,7 +165,7 @@ def test_law_4_iterations_do_not_repeat_their_noise(float64):
 
 
 def test_law_8_collect_then_learn_is_the_single_program(float64):
-    hyperparams = Hyperparams(learning_rate_actor=1e-2, learning_rate_critic=1e-2)
+    hyperparams = tiny.hyperparams(rate=1e-2)
     policy, batch = tiny.language_model(), tiny.prompts()
     config = tiny.iteration_config(tiny.generation(samples_per_prompt=2))
     state = tiny.start(hyperparams, policy=policy)
@@ -180,7 +180,7 @@ def test_law_8_collect_then_learn_is_the_single_program(float64):
 
 @pytest.mark.parametrize("devices", [None, 4], ids=["one device", "a mesh"])
 def test_law_8_steps_in_one_program_are_steps_one_after_the_other(float64, devices):
-    hyperparams = Hyperparams(learning_rate_actor=1e-2, learning_rate_critic=1e-2, kl_target=0.1)
+    hyperparams = tiny.hyperparams(rate=1e-2, kl_target=0.1)
     mesh = None if devices is None else make_mesh(devices)
     policy = place(tiny.language_model(), mesh, "parameter")
     state = place(tiny.start(hyperparams, policy=policy), mesh, "parameter")
@@ -210,7 +210,7 @@ def test_law_8_vmap_over_seeds_and_coefficients_is_a_loop(float64):
     config, batch, policy = tiny.iteration_config(), tiny.prompts(), tiny.language_model()
     reference = tiny.language_model(seed=8)
     swept = [
-        Hyperparams(learning_rate_actor=r, clip_ratio_low=c, clip_ratio_high=c, kl_coef=k)
+        tiny.hyperparams(actor={"learning_rate": r}, clip_ratio_low=c, clip_ratio_high=c, kl_coef=k)
         for r, c, k in ((1e-2, 0.1, 0.0), (3e-3, 0.3, 0.2))
     ]
     states = [tiny.start(h, seed=s, policy=policy) for s, h in enumerate(swept)]
@@ -235,7 +235,7 @@ def test_law_8_vmap_over_seeds_and_coefficients_is_a_loop(float64):
 def test_the_recurrent_policy_learns_in_the_whole_iteration(float64):
     policy = tiny.RecurrentPolicy(jax.random.key(0))
     critic = tiny.RecurrentCritic(tiny.RecurrentPolicy(jax.random.key(1)), jnp.zeros(8))
-    hyperparams = Hyperparams(learning_rate_actor=3e-2, learning_rate_critic=1e-2, kl_coef=0.0)
+    hyperparams = tiny.hyperparams(1e-2, actor={"learning_rate": 3e-2}, kl_coef=0.0)
     config = tiny.iteration_config(tiny.generation(samples_per_prompt=8), num_epochs=4)
     compiled = compile_iteration(config=config)
     state = tiny.start(hyperparams, policy=policy, critic=critic)

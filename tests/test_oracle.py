@@ -14,18 +14,18 @@ import numpy as np
 import optax
 import oracle
 import pytest
+import tiny
 from hypothesis import Phase, assume, given, settings
 from oracle import assert_near, model_to_reference, parameters_of, to_reference
 from oracle_cases import CASES, FLOAT32_CASES, hyperparameters
 
 import reference.iteration
-import reference.update
+import reference.learner.state
 from ppo_kernel import iteration
-from ppo_kernel.advantages import gae
-from ppo_kernel.config import Hyperparams
+from ppo_kernel.advantages import gae, whitened
 from ppo_kernel.iteration import collect
 from ppo_kernel.learner.epochs import minibatch_order
-from ppo_kernel.learner.state import Learner
+from ppo_kernel.learner.state import Learner, iteration_keys
 from ppo_kernel.ops.sampling import sampling_noise
 from ppo_kernel.testing import NORM_TOLERANCES
 
@@ -47,6 +47,8 @@ def compiled(case):
             seen["arrays"] = (rewards, values, bootstrap_values, advantages, returns)
             return advantages, returns
 
+        if case.whiten:
+            estimator = whitened(estimator)
         with mock.patch.object(iteration, "collect", keep_collected):
             new_state, metrics = iteration.ppo_iteration(
                 state, reference_policy, prompts, hyperparams,
@@ -61,7 +63,7 @@ def compiled(case):
 def drawn_from_key(case, state, sample_ids):
     """The noise and the order that the shipped iteration draws from its key."""
     config = case.config()
-    rollout_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.iteration))
+    rollout_key, update_key = iteration_keys(state)
     return {
         "noise": sampling_noise(rollout_key, sample_ids, config.generation.max_new_tokens),
         "order": minibatch_order(update_key, sample_ids, config.num_epochs, config.num_minibatches),
@@ -86,7 +88,7 @@ def assert_same_experience(seen, trace, relative=NORM_TOLERANCES["float64"]):
         ),
         # Past the end of a response the shipped values mean nothing.
         ("values", np.where(mask, values, 0.0), expected.old_values),
-        ("last values", evaluation.bootstrap_values, trace.evaluation.bootstrap_values),
+        ("last values", collected.evaluation.bootstrap_values, trace.evaluation.bootstrap_values),
         ("bootstrap values", bootstrap_values, trace.bootstrap_values),
         ("rewards", rewards, trace.rewards),
         ("advantages", advantages, trace.raw_advantages),
@@ -103,24 +105,28 @@ def assert_same_state(state, expected):
         ("critic", state.critic_optimizer_state, state.critic, expected.critic,
          expected.critic_moments),
     ):  # fmt: skip
+        if model is None:
+            assert optimizer_state is twin is moments is None
+            continue
         assert isinstance(optimizer_state, optax.ScaleByAdamState)
         assert int(optimizer_state.count) == moments.count
         assert_near(parameters_of(optimizer_state.mu), moments.first, f"{role}, first moment")
         assert_near(parameters_of(optimizer_state.nu), moments.second, f"{role}, second moment")
         assert_near(parameters_of(model), twin.parameters, f"{role}, parameters")
     assert_near(np.asarray(state.kl_coef), np.asarray(expected.kl_coef), "KL coefficient")
+    assert int(state.iteration) == expected.iteration
 
 
 def start(case, data):
     """(random numbers, shipped state, the reference's, frozen policy, hyper-parameters)."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "seed"))
-    hyperparams = Hyperparams(**data.draw(hyperparameters(case), "hyperparameters"))
+    hyperparams = tiny.hyperparams(**data.draw(hyperparameters(case), "hyperparameters"))
     trunk = case.trunk_config()
     policy, frozen = (oracle.draw_policy(trunk, rng) for _ in range(2))
-    critic = oracle.draw_critic(case.critic_config(), trunk.hidden_size, rng)
+    critic = case.draw_critic(rng)
     key = jax.random.key(int(rng.integers(2**31)))
     state = Learner().init(policy, critic, key, hyperparams)
-    expected = reference.update.TrainState.start(
+    expected = reference.learner.state.TrainState.start(
         model_to_reference(policy), model_to_reference(critic), float(hyperparams.kl_coef)
     )
     return rng, state, expected, frozen, hyperparams

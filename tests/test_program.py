@@ -11,7 +11,9 @@ import pytest
 import tiny
 from jax.experimental import io_callback
 
-from ppo_kernel.config import GenerationConfig, Hyperparams
+from ppo_kernel.config import GenerationConfig, Hyperparams, OptimizerHyperparams
+from ppo_kernel.learner.state import Learner
+from ppo_kernel.losses import ppo_policy_loss
 from ppo_kernel.ops.kl import k3
 from ppo_kernel.program import compile_iteration
 from ppo_kernel.rollout.generate import generate
@@ -23,7 +25,7 @@ def compiled_text() -> str:
     """HLO of the whole iteration, optimised."""
     hyperparams, policy = Hyperparams(kl_target=6.0), tiny.language_model()
     state = tiny.start(hyperparams, policy=policy)
-    config = tiny.iteration_config(loss_kl=k3, microbatch_size=2)
+    config = tiny.iteration_config(kl_estimator=k3, kl_in_loss=True, microbatch_size=2)
     compiled = compile_iteration(config=config)
     lowered = compiled.lower(state, policy, tiny.prompts(), hyperparams, tiny.even_tokens)
     return lowered.compile().as_text()
@@ -68,9 +70,10 @@ def test_it_traces_once_whatever_the_coefficients():
     compiled = compile_iteration(config=tiny.iteration_config())
     for step in range(4):
         hyperparams = Hyperparams(
-            learning_rate_actor=10.0**-step, clip_ratio_low=0.1 * step, kl_coef=0.01 * step,
+            OptimizerHyperparams(10.0**-step, 1.0 + step),
+            clip_ratio_low=0.1 * step, kl_coef=0.01 * step,
             gamma=1.0 - 0.1 * step, lam=0.9 - 0.1 * step, temperature=1.0 + 0.1 * step,
-            entropy_coef=0.01 * step, value_clip=0.1 + step, max_grad_norm_actor=1.0 + step,
+            entropy_coef=0.01 * step, value_clip=0.1 + step,
         )  # fmt: skip
         state, _ = compiled.step(state, policy, tiny.prompts(), hyperparams, reward)
     assert int(state.iteration) == 4
@@ -157,9 +160,9 @@ def test_a_python_reward_is_refused_by_the_single_program():
     inputs = (state, policy, tiny.prompts(), Hyperparams())
     with pytest.raises(ValueError, match="between `collect` and `learn`"):
         compiled.step(*inputs, lambda rollout: np.asarray(rollout.tokens).sum(axis=1))
-    with pytest.raises(ValueError, match="one a sequence, or one a token"):
+    with pytest.raises(ValueError, match="one per sequence, or one per token"):
         compiled.step(*inputs, lambda rollout: jnp.zeros(3))
-    for call in (_pure, _io, _debug, _prints):
+    for call in (_pure, _io, jax.jit(_pure)):
         with pytest.raises(ValueError, match="calls back to Python"):
             compiled.step(*inputs, call)
 
@@ -174,15 +177,77 @@ def _io(rollout):
     return io_callback(lambda x: np.asarray(x, np.float32), shape, rollout.lengths)
 
 
-def _debug(rollout):
-    jax.debug.callback(lambda x: None, rollout.lengths)
-    return rollout.lengths.astype(jnp.float32)
-
-
 @jax.jit
 def _prints(rollout):
-    jax.debug.print("{}", rollout.lengths)
+    jax.debug.print("lengths {}", rollout.lengths)
     return rollout.lengths.astype(jnp.float32)
+
+
+def test_a_reward_may_print_and_report(capfd):
+    policy = tiny.language_model()
+    compiled = compile_iteration(config=tiny.iteration_config())
+    state = tiny.start(Hyperparams(), policy=policy)
+    inputs = (policy, tiny.prompts(), Hyperparams())
+
+    def reporting(rollout):
+        scores = _prints(rollout)
+        return scores, {"even": tiny.even_tokens(rollout), "long": rollout.lengths > 2}
+
+    collected = compiled.collect(state, *inputs)
+    scores, parts = reporting(collected.rollout)
+    state, metrics = compiled.step(state, *inputs, reporting)
+    jax.effects_barrier()
+    assert "lengths [" in capfd.readouterr().out
+    for name, values in parts.items():
+        np.testing.assert_allclose(metrics[name], np.mean(values), rtol=1e-6)
+    np.testing.assert_allclose(metrics["mean_reward"], np.mean(scores), rtol=1e-6)
+    collected = compiled.collect(state, *inputs)
+    _, halves = compiled.learn(state, collected, reporting(collected.rollout), Hyperparams())
+    assert {"even", "long"} <= halves.keys()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"mean_reward": jnp.zeros(8)}, "two metrics have the name 'mean_reward'"),
+        ({"entropy": jnp.zeros(8)}, "two metrics have the name 'entropy'"),
+        ({"mine": jnp.zeros(3)}, "'mine', a metric of the reward, must be an array of shape"),
+    ],
+)
+def test_metrics_of_a_reward_that_are_refused(metrics, message):
+    policy = tiny.language_model()
+    compiled = compile_iteration(config=tiny.iteration_config())
+    inputs = (tiny.start(Hyperparams(), policy=policy), policy, tiny.prompts(), Hyperparams())
+    with pytest.raises(ValueError, match=message):
+        compiled.step(*inputs, lambda rollout: (tiny.even_tokens(rollout), metrics))
+
+
+def test_a_reward_that_is_made_anew_is_warned_of():
+    policy = tiny.language_model()
+    compiled = compile_iteration(config=tiny.iteration_config())
+    state = tiny.start(Hyperparams(), policy=policy)
+
+    def step(state, reward):
+        return compiled.step(state, policy, tiny.prompts(), Hyperparams(), reward)[0]
+
+    for _ in range(2):  # the same object: no warning, which would be an error here
+        state = step(state, tiny.even_tokens)
+    rewards = [lambda rollout: tiny.even_tokens(rollout) for _ in range(2)]
+    state = step(state, rewards[0])
+    with pytest.warns(UserWarning, match="compiled anew; make it once"):
+        step(state, rewards[1])
+
+
+def test_a_state_of_another_learner_is_refused():
+    def mine(inputs, **settings):
+        return ppo_policy_loss(inputs, **settings)
+
+    policy, learner = tiny.language_model(), Learner(policy_loss=mine)
+    state = learner.init(policy, tiny.value_model(), jax.random.key(0), Hyperparams())
+    inputs = (policy, tiny.prompts(), Hyperparams(), tiny.even_tokens)
+    with pytest.raises(ValueError, match="a Learner with another policy_loss; pass the same"):
+        compile_iteration(config=tiny.iteration_config()).step(state, *inputs)
+    compile_iteration(config=tiny.iteration_config(), learner=learner).step(state, *inputs)
 
 
 def test_sizes_that_do_not_divide_are_refused_before_any_work():

@@ -11,9 +11,14 @@ import pytest
 import tiny
 
 from ppo_kernel.advantages import gae
-from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
+from ppo_kernel.config import (
+    GenerationConfig,
+    Hyperparams,
+    IterationConfig,
+    OptimizerHyperparams,
+)
 from ppo_kernel.learner.state import Learner
-from ppo_kernel.losses import clipped_policy_loss
+from ppo_kernel.losses import ppo_policy_loss
 from ppo_kernel.program import compile_iteration
 from ppo_kernel.rewards import token_rewards
 from ppo_kernel.rollout.generate import generate
@@ -36,8 +41,8 @@ def test_settings_of_a_rollout(name, value):
 
 
 STATIC = {"num_epochs": 1.5, "num_minibatches": None, "microbatch_size": np.nan, "reduction": None,
-          "logprob_chunk_size": 0, "response_widths": 3, "reward_kl": "k1", "generation": None,
-          "loss_kl": 1}  # fmt: skip
+          "logprob_chunk_size": 0, "response_widths": 3, "kl_estimator": "k1",
+          "generation": None}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value"), STATIC.items())
@@ -56,6 +61,14 @@ def test_widths_that_are_none_or_do_not_ascend(widths):
 def test_hyper_parameters_that_are_no_numbers(value):
     with pytest.raises(ValueError, match=r"^gamma must be a real number, got"):
         Hyperparams(gamma=value)
+
+
+@pytest.mark.parametrize("shape", [(4,), (1,), (2, 3)])
+def test_hyper_parameters_that_are_no_scalars(shape):
+    with pytest.raises(ValueError, match=r"^kl_coef must be a scalar, got shape .* vmap"):
+        Hyperparams(kl_coef=jnp.zeros(shape))
+    with pytest.raises(ValueError, match=r"^learning_rate must be a scalar, got shape"):
+        OptimizerHyperparams(learning_rate=np.zeros(shape))
 
 
 PROMPTS = tiny.prompts()
@@ -123,19 +136,23 @@ def test_rewards(shape):
 def start(**changes):
     hyperparams, policy = Hyperparams(), tiny.language_model()
     compiled = compile_iteration(config=tiny.iteration_config(), **changes)
-    return compiled, tiny.start(hyperparams, policy=policy), policy, hyperparams
+    state = compiled.init(policy, tiny.value_model(), jax.random.key(3), hyperparams)
+    return compiled, state, policy, hyperparams
 
 
 @pytest.mark.parametrize("scores", [jnp.zeros((8, 1)), jnp.zeros(()), jnp.zeros(1), [0.0] * 8])
 def test_scores_between_the_halves(scores):
     compiled, state, policy, hyperparams = start()
     collected = compiled.collect(state, policy, PROMPTS, hyperparams)
-    with pytest.raises(ValueError, match=r"^scores must be an array of shape \(8,\) or \(8, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"^the scores of a reward .* an array of shape \(8,\) or \(8, 5\)"
+    ):
         compiled.learn(state, collected, scores, hyperparams)
 
 
-def mean_loss(*arguments, **settings):
-    return jnp.mean(clipped_policy_loss(*arguments, **settings))
+def mean_loss(inputs, **settings):
+    loss, metrics = ppo_policy_loss(inputs, **settings)
+    return jnp.mean(loss), metrics
 
 
 def narrow(*arguments, **settings):
@@ -145,8 +162,12 @@ def narrow(*arguments, **settings):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learner": Learner(policy_loss=mean_loss)}, "what policy_loss returns must be an array"),
-        ({"learner": Learner(value_loss=lambda *a, **k: 0.0)}, "what value_loss returns must be"),
+        ({"learner": Learner(policy_loss=mean_loss)}, "the loss of policy_loss must be an array"),
+        (
+            {"learner": Learner(value_loss=lambda *a, **k: (0.0, {}))},
+            "the loss of value_loss must be",
+        ),
+        ({"advantage_estimator": lambda r, *a, **k: r}, "advantage_estimator must return"),
         ({"advantage_estimator": narrow}, "advantages of the estimator must be an array of shape"),
     ],
 )

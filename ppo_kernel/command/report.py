@@ -12,12 +12,13 @@ from jaxtyping import Array, Float, Int, Key
 
 from ..config import GenerationConfig
 from ..evaluation import response_hidden, response_logprobs
+from ..functions import RewardFn
 from ..io.padding import left_pad
 from ..io.tokenizer import Tokenizer
 from ..models.protocol import Policy
 from ..rollout.generate import generate
 from ..trainer.text_reward import PythonReward, decode
-from ..types import Prompts, RewardFn, Rollout
+from ..types import Prompts, Rollout
 from .display import Display, table
 
 MEANS = {

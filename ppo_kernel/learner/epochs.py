@@ -1,6 +1,7 @@
 """Stage 5b: experience -> new train state. Epochs x minibatches x micro-batches, by scan."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import equinox as eqx
@@ -12,9 +13,10 @@ from ..config import Hyperparams, IterationConfig
 from ..models.heads import ValueHead
 from ..sharding import gather, shard_batch
 from ..types import Experience, Metrics
-from .gradient import minibatch_gradients
-from .optimizer import optimizer_step
-from .state import Learner, TrainState, current_kl_coef
+from .gradient import LossSettings, minibatch_gradients
+from .optimizer import ModelState, global_norm, optimizer_step
+from .reports import join
+from .state import Models, TrainState, current_kl_coef, iteration_keys
 
 
 def minibatch_order(
@@ -55,82 +57,140 @@ def minibatch_order(
 def update(
     state: TrainState,
     experience: Experience,
-    key: Key[Array, ""],
     hyperparams: Hyperparams,
     *,
     config: IterationConfig,
-    learner: Learner = Learner(),
 ) -> tuple[TrainState, Metrics]:
-    """All optimizer steps of one iteration.
+    """All optimizer steps of one iteration; the state that it returns is at the next iteration.
 
         loss = sum_t w_t (policy_loss_t + kl_coef k_t - entropy_coef H_t + value_coef value_loss_t)
 
     with the weights w of `config.reduction` over the whole minibatch, so that the sum over
     micro-batches is exact. Each model: clip by global norm, then x <- x - learning_rate *
     direction. A minibatch is skipped (parameters, moments and counts stay) where no token is valid
-    and where a hyper-parameter, target, sum or gradient is not finite. A separate critic steps
-    after the policy, so where only its own sum or gradient overflows, the policy has stepped.
-    Source: Schulman et al. 2017, eq. 9 and algorithm 1, https://arxiv.org/abs/1707.06347.
+    and where a hyper-parameter, target, term of the loss or gradient is not finite. A separate
+    critic steps after the policy, so where only its own term or gradient overflows, the policy has
+    stepped. Source: Schulman et al. 2017, eq. 9 and algorithm 1, https://arxiv.org/abs/1707.06347.
 
     Args:
-        state: donated by the compiled iteration.
+        state: its key and iteration order the minibatches; donated by the compiled iteration.
         experience: B sequences.
-        key: orders the minibatches; consumed.
         hyperparams: traced.
         config: epochs, minibatches, micro-batch size, reduction, KL in the loss.
-        learner: optimizers and losses.
 
     Returns:
-        (state, metrics): the iteration counter and `kl_coef` are left to the caller; metrics
-        are means over valid tokens, or over the applied optimizer steps.
+        (state, metrics): the iteration is advanced, and `kl_coef` is the one that was used (see
+        `adapt_kl_coef`); metrics are means over valid tokens, or over the applied optimizer steps.
 
     Raises:
-        ValueError: the batch does not divide into minibatches, or a minibatch into micro-batches.
+        ValueError: the batch does not divide into minibatches, or a minibatch into micro-batches;
+            a loss, its metrics or the weights have another shape than the mask.
     """
     order = minibatch_order(
-        key, experience.rollout.sample_ids, config.num_epochs, config.num_minibatches
-    )
-    models, static = eqx.partition(
-        {"actor": state.policy, "critic": state.critic}, eqx.is_inexact_array
-    )
-    kl_coef = current_kl_coef(state, hyperparams)
-    # A head on the policy's trunk sends a gradient into it. Two models take their steps one after
-    # the other, each inside a `cond`, so that only one gradient is in memory at a time.
-    shared = isinstance(state.critic, ValueHead)
-    passes = (("actor", "critic"),) if shared else (("actor",), ("critic",))
+        iteration_keys(state).update, experience.rollout.sample_ids,
+        config.num_epochs, config.num_minibatches,
+    )  # fmt: skip
+    settings = LossSettings(hyperparams, current_kl_coef(state, hyperparams), config, state.learner)
+    passes = _passes(state)
 
-    def one_step(carry, rows: Int[Array, " M"]):
+    def one_step(carry: Models, rows: Int[Array, " M"]):
         minibatch = shard_batch(jax.tree.map(lambda x: x[rows], experience))
 
-        def step(carry, sides: tuple[str, ...]):
-            models, optimizer_states = carry
-            gradients, sums = minibatch_gradients(
-                gather(models), static, sides, minibatch, hyperparams, kl_coef,
-                config=config, learner=learner,
-            )  # fmt: skip
-            return optimizer_step(models, optimizer_states, gradients, sums, hyperparams, learner)
+        def step(carry: Models, trained: Models):
+            return _step(carry, trained, state.frozen, minibatch, settings)
 
-        applied, sums = _is_ready(minibatch, hyperparams), {}
-        for sides in passes:
-            take = partial(step, sides=sides)
-            carry, part, applied = jax.lax.cond(applied, take, partial(_left_out, take), carry)
-            sums |= part
+        applied, sums = _is_ready(minibatch, hyperparams), []
+        for trained in passes:
+            take = partial(step, trained=trained)
+            carry, reported, applied = jax.lax.cond(applied, take, partial(_left_out, take), carry)
+            sums.append((reported, applied))
         return carry, sums
 
-    optimizer_states = {
-        "actor": (state.actor_optimizer_state, state.actor_remainder),
-        "critic": (state.critic_optimizer_state, state.critic_remainder),
+    models, sums = jax.lax.scan(one_step, _model_states(state), order)
+    state = _next_state(state, models, settings.kl_coef)
+    dtype = state.kl_coef.dtype
+    bad = [jnp.sum(~jnp.isfinite(x), dtype=dtype) for x in jax.tree.leaves(state.trained)]
+    counters = {
+        "skipped_minibatches": jnp.sum(~sums[-1][1], dtype=dtype),
+        "nonfinite_parameters": jnp.sum(jnp.stack(bad)),
     }
-    carry, sums = jax.lax.scan(one_step, (models, optimizer_states), order)
-    float_type = kl_coef.dtype
-    bad = [jnp.sum(~jnp.isfinite(x), dtype=float_type) for x in jax.tree.leaves(carry[0])]
-    models = eqx.combine(carry[0], static)
-    (actor, actor_remainder), (critic, critic_remainder) = carry[1]["actor"], carry[1]["critic"]
-    state = TrainState(
-        models["actor"], models["critic"], actor, critic, actor_remainder, critic_remainder,
-        state.key, state.iteration, state.kl_coef,
-    )  # fmt: skip
-    return state, _metrics(sums) | {"nonfinite_parameters": jnp.sum(jnp.stack(bad))}
+    return state, join(*(each.metrics(applied) for each, applied in sums), counters)
+
+
+def _passes(state: TrainState) -> tuple[Models, ...]:
+    """Which models step together, one entry per backward pass: true for those that do."""
+    if state.critic is None:
+        return (Models(True, None),)
+    # A head on the policy's trunk sends a gradient into it.
+    if isinstance(state.critic, ValueHead):
+        return (Models(True, True),)
+    # Two models take their steps one after the other, each inside a `cond`, so that only one
+    # gradient is in memory at a time.
+    return Models(True, None), Models(None, True)
+
+
+def _model_states(state: TrainState) -> Models:
+    """What changes of each model, for the loop over optimizer steps."""
+    critic = None
+    if state.critic is not None:
+        critic = ModelState(
+            state.trained.critic, state.critic_optimizer_state, state.critic_remainder
+        )
+    policy = ModelState(state.trained.policy, state.actor_optimizer_state, state.actor_remainder)
+    return Models(policy, critic)
+
+
+def _next_state(state: TrainState, models: Models, kl_coef: Float[Array, ""]) -> TrainState:
+    """The state after the last step of an iteration."""
+    policy, critic = models.policy, models.critic
+    return replace(
+        state,
+        trained=_parameters(models),
+        actor_optimizer_state=policy.optimizer_state,
+        actor_remainder=policy.remainder,
+        critic_optimizer_state=None if critic is None else critic.optimizer_state,
+        critic_remainder=None if critic is None else critic.remainder,
+        iteration=state.iteration + 1,
+        kl_coef=jnp.array(kl_coef),  # a copy: the state is consumed, the hyper-parameters are not
+    )
+
+
+def _parameters(models: Models) -> Models:
+    critic = models.critic
+    return Models(models.policy.parameters, None if critic is None else critic.parameters)
+
+
+def _step(
+    carry: Models, trained: Models, frozen: Models, minibatch: Experience, settings: LossSettings
+):
+    """(models after it, sums, whether it was applied) of one optimizer step of `trained`."""
+    parameters = gather(_parameters(carry))
+    models = eqx.combine(parameters, gather(frozen))
+    chosen = Models(
+        parameters.policy if trained.policy else None, parameters.critic if trained.critic else None
+    )
+    gradients, sums = minibatch_gradients(chosen, models, minibatch, settings)
+    norms = {}
+    if trained.policy:
+        norms["grad_norm_actor"] = global_norm(gradients.policy)
+    if trained.critic:
+        norms["grad_norm_critic"] = global_norm(gradients.critic)
+    terms = join(sums.terms, norms)
+    applied = jnp.all(jnp.stack([jnp.isfinite(x) for x in terms.values()]))
+    learner, hyperparams = settings.learner, settings.hyperparams
+    policy, critic = carry.policy, carry.critic
+    if trained.policy:
+        policy = optimizer_step(
+            policy, gradients.policy, norms["grad_norm_actor"], applied,
+            hyperparams.actor, learner.actor_optimizer,
+        )  # fmt: skip
+    if trained.critic:
+        critic = optimizer_step(
+            critic, gradients.critic, norms["grad_norm_critic"], applied,
+            hyperparams.critic, learner.critic_optimizer,
+        )  # fmt: skip
+    sums = jax.tree.map(lambda x: jnp.where(applied, x, 0.0), sums._replace(terms=terms))
+    return Models(policy, critic), sums, applied
 
 
 def _is_ready(minibatch: Experience, hyperparams: Hyperparams) -> Bool[Array, ""]:
@@ -144,27 +204,7 @@ def _is_ready(minibatch: Experience, hyperparams: Hyperparams) -> Bool[Array, ""
     return jnp.any(mask) & jnp.all(jnp.stack(finite))
 
 
-def _left_out(step: Callable, carry):
+def _left_out(step: Callable, carry: Models):
     """What `step` returns where it is not taken: nothing moves, all sums are 0."""
     _, sums, _ = jax.eval_shape(step, carry)
     return carry, jax.tree.map(jnp.zeros_like, sums), jnp.array(False)
-
-
-def _metrics(sums: dict[str, Float[Array, " steps"]]) -> Metrics:
-    """Sums of every step -> means over valid tokens, or over the applied steps of that model."""
-    total = {name: jnp.sum(values) for name, values in sums.items()}
-    minibatches = len(sums["applied_critic"])
-    applied = {side: total.pop(f"applied_{side}") for side in ("actor", "critic")}
-    tokens = jnp.maximum(total.pop("tokens"), 1.0)
-    counters = ("clamped_log_ratios",)
-    per_token = ("entropy", "approx_kl", "clip_fraction")
-
-    def reduced(name: str, value: Float[Array, ""]) -> Float[Array, ""]:
-        if name in counters:
-            return value
-        if name in per_token:
-            return value / tokens
-        return value / jnp.maximum(applied["critic" if "critic" in name else "actor"], 1.0)
-
-    metrics = {name: reduced(name, value) for name, value in total.items()}
-    return metrics | {"skipped_minibatches": minibatches - applied["critic"]}

@@ -2,27 +2,49 @@
 
 import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ..config import Hyperparams
+from ..config import OptimizerHyperparams
 from ..ops.dtypes import upcast_tree
-from .state import Learner
+from ..types import Scalar
 
 _NO_MATRIX = re.compile(r"bias|norm", re.IGNORECASE)
 
 
+class ModelState(eqx.Module):
+    """One model as it trains.
+
+    Attributes:
+        parameters: the trained leaves, None elsewhere.
+        optimizer_state: moments, in at least float32.
+        remainder: what rounding took from the parameters; None for float32 and wider ones.
+    """
+
+    parameters: PyTree
+    optimizer_state: PyTree
+    remainder: PyTree | None
+
+
+def global_norm(gradient: PyTree) -> Float[Array, ""]:
+    """Euclidean norm of all the numbers of a gradient; 0 where nothing is trained."""
+    if not jax.tree.leaves(gradient):
+        return jnp.zeros(())
+    return optax.tree.norm(gradient)
+
+
 def optimizer_step(
-    models: dict[str, PyTree],
-    optimizer_states: dict[str, PyTree],
-    gradients: dict[str, PyTree],
-    sums: dict[str, Float[Array, ""]],
-    hyperparams: Hyperparams,
-    learner: Learner,
-) -> tuple[tuple[dict, dict], dict[str, Float[Array, ""]], Bool[Array, ""]]:
-    """One optimizer step of the models that have a gradient, or none where a number is not finite.
+    state: ModelState,
+    gradient: PyTree,
+    norm: Float[Array, ""],
+    applied: Bool[Array, ""],
+    hyperparams: OptimizerHyperparams,
+    optimizer: optax.GradientTransformation,
+) -> ModelState:
+    """One optimizer step of a model, or none.
 
         g <- g min(1, max_grad_norm / |g|),   x <- x - learning_rate * direction(g)
 
@@ -31,60 +53,50 @@ def optimizer_step(
     et al. 2020, https://arxiv.org/abs/2010.06192).
 
     Args:
-        models: of "actor" and "critic".
-        optimizer_states: of each, moments and remainder.
-        gradients: of one of them, or of both.
-        sums: of the minibatch, for the metrics.
-        hyperparams: learning rates and bounds of the gradient norms.
-        learner: the optimizers.
+        state: parameters, moments and remainder.
+        gradient: of the parameters, in at least float32.
+        norm: the gradient's `global_norm`.
+        applied: whether the step is taken; else the state stays as it is.
+        hyperparams: learning rate and bound of the gradient norm.
+        optimizer: gives the direction.
 
     Returns:
-        ((models, optimizer states), sums, applied): `grad_norm_actor` and `applied_actor` (1), or
-        those of the critic, are added to the sums; all are 0 where the step was left out.
+        The state after the step.
     """
-    norms = {side: optax.tree.norm(gradient) for side, gradient in gradients.items()}
-    applied = jnp.all(jnp.stack([jnp.isfinite(x) for x in (*norms.values(), *sums.values())]))
-    for side, gradient in gradients.items():
-        norm, limit = norms[side], getattr(hyperparams, f"max_grad_norm_{side}")
-        if limit is not None:
-            scale = jnp.minimum(1.0, jnp.asarray(limit, norm.dtype) / jnp.maximum(norm, 1e-12))
-            gradient = jax.tree.map(lambda g, scale=scale: g * scale.astype(g.dtype), gradient)
-        optimizer = getattr(learner, f"{side}_optimizer")
-        rate = getattr(hyperparams, f"learning_rate_{side}")
-        old = models[side], optimizer_states[side]
-        model, state = _select(applied, _moved(*old, gradient, rate, optimizer), old)
-        models, optimizer_states = models | {side: model}, optimizer_states | {side: state}
-    sums = sums | {f"grad_norm_{side}": norm for side, norm in norms.items()}
-    sums |= {f"applied_{side}": jnp.ones_like(norm) for side, norm in norms.items()}
-    sums = _select(applied, sums, jax.tree.map(jnp.zeros_like, sums))
-    return (models, optimizer_states), sums, applied
+    if hyperparams.max_grad_norm is not None:
+        limit = jnp.asarray(hyperparams.max_grad_norm, norm.dtype)
+        scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
+        gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
+    moved = _moved(state, gradient, hyperparams.learning_rate, optimizer)
+    return jax.tree.map(lambda new, old: jnp.where(applied, new, old), moved, state)
 
 
-def _moved(model, state, gradient, rate, optimizer):
-    """The model after x <- x - rate * direction, and the optimizer's new state and remainder."""
-    moments, remainder = state
-    exact = (
-        upcast_tree(model)
-        if remainder is None
-        else jax.tree.map(jnp.add, upcast_tree(model), remainder)
-    )
+def _moved(
+    state: ModelState,
+    gradient: PyTree,
+    rate: Scalar,
+    optimizer: optax.GradientTransformation,
+) -> ModelState:
+    """The model after x <- x - rate * direction, with new moments and remainder."""
+    parameters, remainder = state.parameters, state.remainder
+    exact = upcast_tree(parameters)
+    if remainder is not None:
+        exact = jax.tree.map(jnp.add, exact, remainder)
     # Optax mixes types on purpose; a caller's strict promotion is for our own code.
     with jax.numpy_dtype_promotion("standard"):
-        direction, moments = optimizer.update(gradient, moments, exact)
+        direction, moments = optimizer.update(gradient, state.optimizer_state, exact)
     exact = jax.tree.map(lambda x, d: x - jnp.asarray(rate, d.dtype) * d, exact, direction)
     if remainder is not None:
-        remainder = jax.tree.map(lambda x, old: x - _rounded(x, old.dtype), exact, model)
-    return jax.tree.map(lambda x, old: x.astype(old.dtype), exact, model), (moments, remainder)
+        remainder = jax.tree.map(lambda x, old: x - _rounded(x, old.dtype), exact, parameters)
+    moved = jax.tree.map(lambda x, old: x.astype(old.dtype), exact, parameters)
+    return ModelState(moved, moments, remainder)
 
 
 def _rounded(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
-    """`x` as `dtype` holds it. XLA may leave out a cast there and back, but never this."""
+    """`x` as `dtype` holds it."""
+    # XLA may leave out a cast there and back, but never this.
     kept = jnp.finfo(dtype)
     return jax.lax.reduce_precision(x, kept.nexp, kept.nmant)
-
-
-def _select(condition: Bool[Array, ""], if_true: PyTree, if_false: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)
 
 
 def matrices(parameters: PyTree) -> PyTree[bool]:

@@ -30,6 +30,25 @@ def check_shape(name: str, x: Shaped[Array, "..."], *shapes: tuple[int, ...]) ->
         raise ValueError(f"{name} must be an array of shape {wanted}, got {got}.")
 
 
+def check_pair(name: str, what: str, x: object) -> tuple:
+    """Refuse what is no pair.
+
+    Args:
+        name: what the message calls the function that returned it.
+        what: the two of them, such as "(loss, metrics)".
+        x: anything.
+
+    Returns:
+        `x`.
+
+    Raises:
+        ValueError: names the function and what it returned.
+    """
+    if not isinstance(x, tuple) or len(x) != 2:
+        raise ValueError(f"{name} must return {what}, got {type(x).__name__}.")
+    return x
+
+
 class Range(NamedTuple):
     """The finite numbers low <= x <= high; low < x <= high where `above`.
 

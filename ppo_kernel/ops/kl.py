@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ..types import KLEstimator
+from ..functions import KLEstimator
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to +-20 before exp: e^20 = 4.9e8 is far beyond any ratio that trains."""

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..evaluation import ModelReward
+from ..functions import RewardFn
 from ..models.heads import LanguageModel, ValueModel
 from ..models.transformer import TransformerConfig
-from ..types import RewardFn
 from .config import PPOConfig
 from .pretrained import CausalLM, RewardModel
 from .text_reward import PythonReward

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import optax
 
-from ..config import GenerationConfig, Hyperparams, IterationConfig
+from ..advantages import gae, whitened
+from ..config import GenerationConfig, Hyperparams, IterationConfig, OptimizerHyperparams
+from ..functions import AdvantageEstimator, KLEstimator
 from ..learner.optimizer import matrices
 from ..learner.state import Learner
 from ..ops.checks import FRACTION, POSITIVE, SHARE, Range, check_whole
 from ..ops.kl import k1
-from ..types import KLEstimator
 
 NOT_NEGATIVE = Range(0)
 _CHECK = "check"
@@ -76,7 +77,8 @@ class PPOConfig:
         max_grad_norm: clip of the norm of the actor's and of the critic's gradient; None for none.
         missing_eos_penalty: subtracted from the score of a response without EOS.
         score_clip: scores are clipped to [-score_clip, score_clip]; None for none.
-        whiten_advantages: to mean 0 and deviation 1 over all tokens of the batch.
+        whiten_advantages: those of `gae` to mean 0 and deviation 1 over all tokens of the batch; an
+            estimator of your own is taken as it is, see `whitened`.
         bootstrap_truncated: the critic's value follows a response that ended without EOS.
         recompute_old_logprobs: by a whole forward pass, instead of those of the rollout.
         logprob_chunk_size: tokens that pass the output head at a time; None for all.
@@ -164,8 +166,8 @@ class PPOConfig:
         factor = 1.0 if schedule is None else float(schedule(iteration))
         high = self.clip_ratio if self.clip_ratio_high is None else self.clip_ratio_high
         return Hyperparams(
-            learning_rate_actor=self.learning_rate_actor * factor,
-            learning_rate_critic=self.learning_rate_critic * factor,
+            actor=OptimizerHyperparams(self.learning_rate_actor * factor, self.max_grad_norm),
+            critic=OptimizerHyperparams(self.learning_rate_critic * factor, self.max_grad_norm),
             clip_ratio_low=self.clip_ratio,
             clip_ratio_high=high,
             dual_clip=self.dual_clip,
@@ -180,8 +182,6 @@ class PPOConfig:
             temperature=self.temperature,
             top_p=self.top_p,
             min_p=self.min_p,
-            max_grad_norm_actor=self.max_grad_norm,
-            max_grad_norm_critic=self.max_grad_norm,
             missing_eos_penalty=self.missing_eos_penalty,
             score_clip=self.score_clip,
         )
@@ -232,14 +232,17 @@ class PPOConfig:
             num_epochs=self.num_ppo_epochs,
             num_minibatches=self.num_minibatches,
             microbatch_size=size,
-            reward_kl=None if self.kl_in_loss else self.kl_estimator,
-            loss_kl=self.kl_estimator if self.kl_in_loss else None,
-            whiten_advantages=self.whiten_advantages,
+            kl_estimator=self.kl_estimator,
+            kl_in_loss=self.kl_in_loss,
             bootstrap_truncated=self.bootstrap_truncated,
             recompute_old_logprobs=self.recompute_old_logprobs,
             logprob_chunk_size=self.logprob_chunk_size,
             response_widths=self.response_widths,
         )
+
+    def estimator(self) -> AdvantageEstimator:
+        """GAE, whitened where asked for."""
+        return whitened(gae) if self.whiten_advantages else gae
 
     def learner(self) -> Learner:
         """Adam directions, with decoupled weight decay where asked for."""

@@ -1,6 +1,7 @@
 """`PPOTrainer`: PPO iterations on batches of prompts, one call each."""
 
 import os
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key, UInt32
 
-from ..advantages import gae
+from ..functions import AdvantageEstimator
 from ..io.checkpoint import load_checkpoint, save_checkpoint
 from ..learner.state import Learner
 from ..program import CompiledIteration, compile_iteration
 from ..sharding import make_mesh, num_shards, place
-from ..types import AdvantageEstimator, Prompts
+from ..types import Prompts
 from .actor_critic import PPOActorCritic
 from .batch import PPOBatch
 from .config import PPOConfig
@@ -38,7 +39,7 @@ class PPOTrainer:
         rng_key: a typed key, `jax.random.key(seed)`; everything random follows from it.
         mesh: devices to run on; all by default.
         learner: optimizers and losses of your own; None for Adam with the config's weight decay.
-        advantage_estimator: `gae` or your own, see `types.AdvantageEstimator`.
+        advantage_estimator: one of your own, see `functions.AdvantageEstimator`; None for `gae`.
 
     Raises:
         ValueError: the batch does not divide over the devices, two different configs, or a legacy
@@ -53,7 +54,7 @@ class PPOTrainer:
         rng_key: Key[Array, ""] | UInt32[Array, "2"],
         mesh: Mesh | None = None,
         learner: Learner | None = None,
-        advantage_estimator: AdvantageEstimator = gae,
+        advantage_estimator: AdvantageEstimator | None = None,
     ):
         if not isinstance(rng_key, jax.Array) or not jnp.issubdtype(
             rng_key.dtype, jax.dtypes.prng_key
@@ -69,7 +70,7 @@ class PPOTrainer:
         check_devices(config, self.num_devices)
         self._models, self.policy_model = actor_critic_model, actor_critic_model.policy_model
         self.learner = config.learner() if learner is None else learner
-        self.advantage_estimator = advantage_estimator
+        self.advantage_estimator = advantage_estimator or config.estimator()
         # Moments lie as the models do: placed first, no device ever holds all of them.
         policy = place(self.policy_model.model, mesh, "parameter")
         critic = place(actor_critic_model.critic, mesh, "parameter")
@@ -128,7 +129,7 @@ class PPOTrainer:
 
     def save_checkpoint(self, path: str | os.PathLike) -> None:
         """Write the whole training state to `path`: models, moments, counters, key."""
-        save_checkpoint(path, self.state)
+        save_checkpoint(path, self.state.detached())
 
     def load_checkpoint(self, path: str | os.PathLike) -> None:
         """Go on from the checkpoint at `path`, of the same models and settings, bit for bit.
@@ -136,7 +137,8 @@ class PPOTrainer:
         Raises:
             ValueError: no checkpoint there, or one of other models.
         """
-        self.state = load_checkpoint(path, self.state)
+        state = load_checkpoint(path, self.state.detached())
+        self.state = replace(state, frozen=self.state.frozen)
 
     def save_model(self, path: str | os.PathLike) -> None:
         """Write the policy as a Hugging Face folder at `path`."""

@@ -1,7 +1,5 @@
 """Masked reductions, one place at a time."""
 
-from collections.abc import Callable
-
 import numpy as np
 from jaxtyping import Bool, Float64
 
@@ -35,39 +33,3 @@ def whiten(
         if mask[place]:
             y[place] = (x[place] - mean) / (variance + epsilon) ** 0.5
     return y
-
-
-def token_mean(mask: Bool[np.ndarray, "M T"]) -> Float64[np.ndarray, "M T"]:
-    """Each of the n valid tokens weighs 1 / n."""
-    n = int(mask.sum())
-    weights = np.zeros(mask.shape)
-    for place in np.ndindex(mask.shape):
-        if mask[place]:
-            weights[place] = 1 / n
-    return weights
-
-
-def sequence_mean(mask: Bool[np.ndarray, "M T"]) -> Float64[np.ndarray, "M T"]:
-    """Each of the m sequences with tokens weighs 1 / m, shared evenly among its tokens."""
-    sequences = [i for i in range(mask.shape[0]) if mask[i].any()]
-    weights = np.zeros(mask.shape)
-    for i in sequences:
-        tokens = [t for t in range(mask.shape[1]) if mask[i, t]]
-        for t in tokens:
-            weights[i, t] = 1 / len(tokens) / len(sequences)
-    return weights
-
-
-def fixed_mean(
-    tokens_per_sequence: int,
-) -> Callable[[Bool[np.ndarray, "M T"]], Float64[np.ndarray, "M T"]]:
-    """Each valid token weighs one over all the slots there could be."""
-
-    def reduction(mask: Bool[np.ndarray, "M T"]) -> Float64[np.ndarray, "M T"]:
-        weights = np.zeros(mask.shape)
-        for place in np.ndindex(mask.shape):
-            if mask[place]:
-                weights[place] = 1 / (len(mask) * tokens_per_sequence)
-        return weights
-
-    return reduction

@@ -16,9 +16,7 @@ from ppo_kernel.testing import NORM_TOLERANCES
 
 
 def _updated(batch, config, mesh=None):
-    hyperparams = Hyperparams(
-        learning_rate_actor=1e-2, learning_rate_critic=1e-2, entropy_coef=0.01
-    )
+    hyperparams = tiny.hyperparams(rate=1e-2, entropy_coef=0.01)
     policy = tiny.language_model()
     state = place(tiny.start(hyperparams, policy=policy), mesh, "parameter")
     reference = tiny.language_model(seed=8)

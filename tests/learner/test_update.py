@@ -11,17 +11,20 @@ import numpy as np
 import optax
 import oracle
 import pytest
+import tiny
 from hypothesis import Phase, given, settings
 from oracle import assert_near, model_to_reference, parameters_of, to_reference
 
 import reference.config
 import reference.derivatives
 import reference.evaluation
+import reference.learner.epochs
+import reference.learner.gradient
+import reference.learner.state
 import reference.ops.kl
-import reference.update
-from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
+from ppo_kernel.config import GenerationConfig, IterationConfig
 from ppo_kernel.learner.epochs import minibatch_order, update
-from ppo_kernel.learner.state import Learner
+from ppo_kernel.learner.state import Learner, iteration_keys
 from ppo_kernel.ops.kl import k2
 from ppo_kernel.types import Experience
 
@@ -36,22 +39,23 @@ GRADIENTS = optax.GradientTransformation(
 """An optimizer whose state is the last gradient."""
 
 HYPERPARAMS = {
-    "learning_rate_actor": 0.02, "learning_rate_critic": 0.03, "dual_clip": 1.4,
+    "actor": {"learning_rate": 0.02, "max_grad_norm": None}, "dual_clip": 1.4,
+    "critic": {"learning_rate": 0.03, "max_grad_norm": None},
     "clip_ratio_low": 0.15, "clip_ratio_high": 0.3, "value_clip": 0.2, "kl_coef": 0.1,
     "entropy_coef": 0.05, "value_coef": 0.7, "temperature": 0.8,
-    "max_grad_norm_actor": None, "max_grad_norm_critic": None,
 }  # fmt: skip
 
 
 def iteration_config(**settings_) -> IterationConfig:
     generation = GenerationConfig(max_new_tokens=SHAPE[1])
-    return IterationConfig(generation=generation, loss_kl=k2, **settings_)
+    return IterationConfig(generation=generation, kl_estimator=k2, kl_in_loss=True, **settings_)
 
 
 REFERENCE_CONFIG = reference.config.IterationConfig(
     generation=reference.config.GenerationConfig(max_new_tokens=SHAPE[1]),
-    loss_kl=reference.ops.kl.k2,
-    loss_kl_slope=reference.derivatives.k2_slope,
+    kl_estimator=reference.ops.kl.k2,
+    kl_slope=reference.derivatives.k2_slope,
+    kl_in_loss=True,
 )
 
 
@@ -70,9 +74,10 @@ def draw(seed, *, shared=False, learner=None, **changes):
         return jnp.asarray(x + 0.3 * rng.standard_normal(x.shape))
 
     experience = Experience(
-        rollout, near(logprobs), near(logprobs), near(values), near(0 * values), near(values)
-    )
-    hyperparams = Hyperparams(**(HYPERPARAMS | changes))
+        rollout=rollout, old_logprobs=near(logprobs), reference_logprobs=near(logprobs),
+        old_values=near(values), advantages=near(0 * values), returns=near(values),
+    )  # fmt: skip
+    hyperparams = tiny.hyperparams(**(HYPERPARAMS | changes))
     state = (learner or Learner()).init(policy, critic, jax.random.key(seed % 1000), hyperparams)
     return state, experience, hyperparams
 
@@ -82,20 +87,19 @@ def map_twins(policy, critic, rollout):
 
 
 @cache
-def compiled(config, learner):
+def compiled(config):
     @eqx.filter_jit
-    def run(state, experience, key, hyperparams):
-        return update(state, experience, key, hyperparams, config=config, learner=learner)
+    def run(state, experience, hyperparams):
+        return update(state, experience, hyperparams, config=config)
 
     return run
 
 
 def reference_state(state, hyperparams):
     models = model_to_reference(state.policy), model_to_reference(state.critic)
-    return reference.update.TrainState.start(*models, float(hyperparams.kl_coef))
+    return reference.learner.state.TrainState.start(*models, float(hyperparams.kl_coef))
 
 
-KEY = 11
 REPORTING = Learner(actor_optimizer=GRADIENTS, critic_optimizer=GRADIENTS)
 MICROBATCHES = {size: iteration_config(num_epochs=1, microbatch_size=size) for size in (None, 2)}
 SHARED = iteration_config(num_epochs=1)
@@ -119,15 +123,15 @@ def test_gradient_of_a_shared_trunk_equals_the_reference(float64, seed):
 
 
 def assert_gradients(state, experience, hyperparams, config):
-    run = compiled(config, REPORTING)
-    after, metrics = run(state, experience, jax.random.key(KEY), hyperparams)
-    expected = reference.update.minibatch_gradients(
+    run = compiled(config)
+    after, metrics = run(state, experience, hyperparams)
+    expected = reference.learner.gradient.minibatch_gradients(
         reference_state(state, hyperparams), to_reference(experience), np.arange(ROWS),
         to_reference(hyperparams), config=REFERENCE_CONFIG,
     )  # fmt: skip
     assert_near(parameters_of(after.actor_optimizer_state), expected.policy, "policy")
     assert_near(parameters_of(after.critic_optimizer_state), expected.critic, "critic")
-    for name, term in expected.terms.items():
+    for name, term in (expected.terms["policy"] | expected.terms["critic"]).items():
         assert_near(np.asarray(metrics[name]), np.asarray(term), name)
 
 
@@ -146,14 +150,17 @@ POISONS = {
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
 def test_steps_equal_the_reference(float64, name, shared, seed, limits, row):
     """Clipping, Adam and skips."""
-    limits = dict(zip(("max_grad_norm_actor", "max_grad_norm_critic"), limits, strict=True))
-    state, experience, hyperparams = draw(seed, shared=shared, **limits)
+    sides = {
+        side: HYPERPARAMS[side] | {"max_grad_norm": limit}
+        for side, limit in zip(("actor", "critic"), limits, strict=True)
+    }
+    state, experience, hyperparams = draw(seed, shared=shared, **sides)
     if POISONS[name] is not None:
         experience = poison(experience, row, *POISONS[name])
-    key = jax.random.key(KEY)
-    after, metrics = compiled(STEPS, Learner())(state, experience, key, hyperparams)
+    after, metrics = compiled(STEPS)(state, experience, hyperparams)
+    key = iteration_keys(state).update
     order = np.asarray(minibatch_order(key, experience.rollout.sample_ids, 2, 2))
-    expected, expected_metrics = reference.update.update(
+    expected, expected_metrics = reference.learner.epochs.update(
         reference_state(state, hyperparams), to_reference(experience), order,
         to_reference(hyperparams), config=REFERENCE_CONFIG,
     )  # fmt: skip
@@ -186,13 +193,13 @@ def poison(experience, row, field="advantages", value=np.nan):
 @pytest.mark.parametrize("field", ["advantages", "returns"])
 def test_a_gradient_that_is_not_finite_changes_nothing(float64, field):
     """Neither model moves, whichever of the two gradients it is; every step is counted."""
-    state, experience, hyperparams = draw(5, max_grad_norm_actor=1.0, max_grad_norm_critic=1.0)
+    state, experience, hyperparams = draw(5, actor={}, critic={})
     for row in range(ROWS):
         experience = poison(experience, row)
     broken = {name: jnp.zeros_like(experience.advantages) for name in ("advantages", "returns")}
     broken[field] = jnp.full_like(experience.advantages, jnp.inf)
     experience = replace(experience, **broken)
-    after, metrics = compiled(STEPS, Learner())(state, experience, jax.random.key(KEY), hyperparams)
+    after, metrics = compiled(STEPS)(state, experience, hyperparams)
     trained = "policy", "critic", "actor_optimizer_state", "critic_optimizer_state"
     for name in trained:
         got, want = (jax.tree.leaves(getattr(x, name)) for x in (after, state))
@@ -211,9 +218,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(float64, field):
 )
 def test_sizes_that_do_not_divide_are_refused(float64, settings_, message):
     state, experience, hyperparams = draw(0)
-    run = compiled(iteration_config(**settings_), Learner())
+    run = compiled(iteration_config(**settings_))
     with pytest.raises(ValueError, match=message):
-        run(state, experience, jax.random.key(KEY), hyperparams)
+        run(state, experience, hyperparams)
 
 
 def test_a_run_starts_at_iteration_0_with_the_given_coefficient(float64):
@@ -225,13 +232,13 @@ def test_a_run_starts_at_iteration_0_with_the_given_coefficient(float64):
 @pytest.mark.parametrize("kl_target", [None, 6.0])
 def test_without_a_target_the_coefficient_of_the_settings_counts(float64, kl_target):
     """That of the state is the controller's."""
-    run = compiled(SHARED, Learner())
+    run = compiled(SHARED)
     state, experience, hyperparams = draw(0)
     weak, strong = (
         replace(hyperparams, kl_coef=jnp.asarray(coef), kl_target=kl_target)
         for coef in (0.05, 10.0)
     )
-    after = [run(state, experience, jax.random.key(KEY), h)[0].policy for h in (weak, strong)]
+    after = [run(state, experience, h)[0].policy for h in (weak, strong)]
     same = all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, after), strict=True))
     assert same == (kl_target is not None)
 

@@ -13,19 +13,17 @@ import tiny
 from edges import BanningPolicy
 from jaxtyping import Array, Float, Int
 
-from ppo_kernel.config import Hyperparams, IterationConfig
+from ppo_kernel.config import IterationConfig
 from ppo_kernel.learner.epochs import update
 from ppo_kernel.learner.state import Learner
-from ppo_kernel.losses import clipped_policy_loss
+from ppo_kernel.losses import ppo_policy_loss
 from ppo_kernel.models.protocol import Critic, Policy
 from ppo_kernel.ops.kl import k1
 from ppo_kernel.types import Experience, Rollout
 
 LENGTHS, WIDTH = (3, 1, 6, 2, 1, 2, 4, 1), 6
-SETTINGS = {"num_epochs": 2, "num_minibatches": 2, "loss_kl": k1}
-SWEPT = {
-    "entropy_coef": 0.1, "kl_coef": 0.1, "learning_rate_actor": 0.01, "learning_rate_critic": 0.01,
-}  # fmt: skip
+SETTINGS = {"num_epochs": 2, "num_minibatches": 2, "kl_estimator": k1, "kl_in_loss": True}
+SWEPT = {"entropy_coef": 0.1, "kl_coef": 0.1, "rate": 0.01}
 
 
 class AbsentAtPads(eqx.Module):
@@ -99,7 +97,10 @@ def experience(lengths=LENGTHS) -> Experience:
         prompts.tokens[:rows], prompts.mask[:rows], prompts.sample_ids[:rows],
         jnp.where(mask, tokens, tiny.PAD), mask, lengths, lengths < WIDTH, logprobs, logprobs,
     )  # fmt: skip
-    return Experience(rollout, logprobs, logprobs, normal(), normal(), normal())
+    return Experience(
+        rollout=rollout, old_logprobs=logprobs, reference_logprobs=logprobs,
+        old_values=normal(), advantages=normal(), returns=normal(),
+    )  # fmt: skip
 
 
 def updated(
@@ -108,10 +109,10 @@ def updated(
     """(state, metrics) of an update from a fixed start."""
     policy = language_model() if policy is None else policy
     critic = value_model() if critic is None else critic
-    learner, hyperparams = learner or Learner(), hyperparams or Hyperparams(**SWEPT)
+    learner, hyperparams = learner or Learner(), hyperparams or tiny.hyperparams(**SWEPT)
     config = IterationConfig(tiny.generation(max_new_tokens=WIDTH), **(SETTINGS | settings))
     state = learner.init(policy, critic, jax.random.key(0), hyperparams)
-    return UPDATE(state, experience, jax.random.key(1), hyperparams, config=config, learner=learner)
+    return UPDATE(state, experience, hyperparams, config=config)
 
 
 def assert_same(got, want):
@@ -139,12 +140,12 @@ def test_a_critic_without_values_at_pads_is_no_edge(float64):
     assert plain[1]["skipped_minibatches"] == 0
 
 
-def unclamped_loss(logprobs, old_logprobs, advantages, **settings):
+def unclamped_loss(inputs, **settings):
     """That of REINFORCE: 0 * -inf at a pad unless the log-probability there is cleared."""
-    return -logprobs * advantages
+    return -inputs.logprobs * inputs.advantages, {}
 
 
-@pytest.mark.parametrize("loss", [clipped_policy_loss, unclamped_loss])
+@pytest.mark.parametrize("loss", [ppo_policy_loss, unclamped_loss])
 def test_a_policy_that_cannot_write_the_pad_is_no_edge(float64, loss):
     """Its log-probability there is -inf."""
     never = BanningPolicy(language_model(), banned=(tiny.PAD,))
@@ -219,7 +220,7 @@ def test_weight_decay_of_bfloat16_parameters_is_computed_in_float32():
         ),
     )  # fmt: skip
     learner = Learner(actor_optimizer=decay)
-    hyperparams = Hyperparams(learning_rate_actor=1.0, learning_rate_critic=0.0)
+    hyperparams = tiny.hyperparams(0.0, actor={"learning_rate": 1.0})
     state, _ = updated(
         experience(), policy=policy, learner=learner, hyperparams=hyperparams,
         num_epochs=1, num_minibatches=1,
@@ -240,7 +241,7 @@ def test_steps_below_the_last_digit_of_bfloat16_parameters_add_up():
     rate, epochs = 2e-5, 100
     state, _ = updated(
         experience(), policy=policy, learner=Learner(actor_optimizer=ones),
-        hyperparams=Hyperparams(learning_rate_actor=rate, learning_rate_critic=0.0),
+        hyperparams=tiny.hyperparams(0.0, actor={"learning_rate": rate}),
         num_epochs=epochs, num_minibatches=1,
     )  # fmt: skip
     leaves = map(jax.tree.leaves, (state.policy, state.actor_remainder, policy))

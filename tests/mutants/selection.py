@@ -16,6 +16,9 @@ UPDATE = (
     GRADIENTS,
     r"learner/test_update\.py",
     r"learner/test_update_edges\.py",
+    r"learner/test_(trainable|no_critic)\.py",
+    r"test_own_losses\.py",
+    r"test_by_hand\.py",
     r"test_holes\.py",
     r"test_oracle\.py::test_law_10_the_whole.*\[(shared-adaptive|grouped)\]",
     r"test_edges\.py::test_(a_planted_nan|nothing_is|rows_without|a_batch_without|overflowing)",
@@ -58,6 +61,8 @@ CHECKS = {
     "losses.py": (
         r"test_losses\.py",
         twins("clipped_", "is_clipped", "token_mean", "sequence_mean", "fixed_mean"),
+        r"ops/test_masked\.py",
+        r"learner/test_update\.py::test_steps_equal_the_reference\[nothing",
     ),
     "learner/epochs.py": UPDATE,
     "learner/gradient.py": UPDATE,
@@ -65,6 +70,7 @@ CHECKS = {
     "learner/optimizer.py": UPDATE,
     "rollout/decoding.py": ROLLOUT,
     "rollout/prompts.py": (r"rollout/test_prompts\.py", r"test_refusals\.py::test_prompts"),
+    "learner/reports.py": UPDATE,
     "rollout/lockstep.py": ROLLOUT,
     "rollout/generate.py": ROLLOUT,
     "rollout/slots.py": (

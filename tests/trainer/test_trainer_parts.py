@@ -14,9 +14,9 @@ from ppo_kernel import (
     PPOConfig,
     PPOTrainer,
     TransformerConfig,
-    clipped_policy_loss,
     gae,
     make_mesh,
+    ppo_policy_loss,
 )
 
 SHAPE = TransformerConfig(
@@ -61,8 +61,9 @@ def test_an_estimator_and_a_learner_of_ones_own_are_used():
     metrics, _ = trained(advantage_estimator=none)
     assert metrics["return_mean"] == metrics["actor_loss"] == 0.0
 
-    def tripled(*arguments, **settings):
-        return 3.0 * clipped_policy_loss(*arguments, **settings)
+    def tripled(inputs, **settings):
+        loss, reported = ppo_policy_loss(inputs, **settings)
+        return 3.0 * loss, reported
 
     plain, _ = trained()
     metrics, after = trained(

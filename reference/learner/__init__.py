@@ -1,0 +1,1 @@
+"""Stage 5b: experience -> train state."""
