@@ -283,7 +283,7 @@ def test_a_schedule_may_be_one_of_optax():
     config = PPOConfig(
         learning_rate_actor=1.0, learning_rate_schedule=optax.linear_schedule(1, 0, 4)
     )
-    rates = [float(config.hyperparams(i).learning_rate_actor) for i in (0, 1, 4)]
+    rates = [float(config.hyperparams(i).actor.learning_rate) for i in (0, 1, 4)]
     assert rates == [1.0, 0.75, 0.0]
 
 
