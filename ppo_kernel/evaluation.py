@@ -155,7 +155,9 @@ def evaluate(
     return Evaluation(logprobs, *response_values(values, rollout))
 
 
-def _check_vocabularies(policy: Policy, reference: Policy, critic: Critic | ValueHead) -> None:
+def _check_vocabularies(
+    policy: Policy, reference: Policy, critic: Critic | ValueHead | None
+) -> None:
     size, frozen_size = vocabulary_size(policy), vocabulary_size(reference)
     if frozen_size != size:
         raise ValueError(
