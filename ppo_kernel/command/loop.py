@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import jax.numpy as jnp
 import numpy as np
 
-from ..io.padding import left_pad
 from ..models.protocol import Policy
 from ..trainer.batch import PPOBatch
 from ..trainer.ppo import PPOTrainer
 from ..trainer.supervised import shuffled
+from ..types import Prompts
 from .display import Display
 from .run_folder import RunFolder
 
@@ -76,8 +75,8 @@ def prompt_batches(
     """
     order = shuffled(len(prompts), batch_size, rng, what="prompts")
     for indices in itertools.islice(order, start, None):
-        tokens, mask = left_pad([prompts[i] for i in indices], pad_id=pad_id, width=width)
-        yield PPOBatch(jnp.asarray(tokens), jnp.asarray(mask))
+        batch = Prompts.from_ids([prompts[i] for i in indices], pad_id, width)
+        yield PPOBatch(batch.tokens, batch.mask)
 
 
 def run_ppo(stage: PPOStage, trainer: PPOTrainer, *, display: Display, run: RunFolder) -> None:

@@ -16,10 +16,11 @@ from ..trainer.preferences import pair_batches, preference_accuracy, preference_
 from ..trainer.pretrained import CausalLM, RewardModel
 from ..trainer.sft import next_token_loss, perplexity
 from ..trainer.supervised import batches, fit
+from ..types import Prompts
 from .data import load_data
 from .display import Display
 from .loop import PPOStage, run_ppo
-from .report import Evaluator, as_prompts, compare, held_out_metrics, print_comparison, sample_rows
+from .report import Evaluator, compare, held_out_metrics, print_comparison, sample_rows
 from .run_folder import RunFolder, check_output, check_same_run, reporter
 from .settings import TrainSettings
 
@@ -183,7 +184,7 @@ class Pipeline:
         policy, width = models.policy_model, self.data.prompt_width
         generation = models.config.generation(width, policy.eos_token_ids, policy.pad_token_id)
         return Evaluator(
-            as_prompts(self.data.prompts.held_out, pad_id=policy.pad_token_id, width=width),
+            Prompts.from_ids(self.data.prompts.held_out, policy.pad_token_id, width),
             reference=policy.model,
             reward=models.reward(),
             tokenizer=self.data.tokenizer,

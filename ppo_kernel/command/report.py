@@ -6,14 +6,12 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ..config import GenerationConfig
 from ..evaluation import response_hidden, response_logprobs
 from ..functions import RewardFn
-from ..io.padding import left_pad
 from ..io.tokenizer import Tokenizer
 from ..models.protocol import Policy
 from ..rollout.generate import generate
@@ -116,12 +114,6 @@ def distinct_n(sequences: Sequence[Sequence[int]], n: int) -> float:
     """
     grams = [tuple(s[i : i + n]) for s in sequences for i in range(len(s) - n + 1)]
     return len(set(grams)) / max(len(grams), 1)
-
-
-def as_prompts(sequences: Sequence[Sequence[int]], *, pad_id: int, width: int) -> Prompts:
-    """Token sequences as left-padded prompts, numbered from 0. Raises as `left_pad` does."""
-    tokens, mask = left_pad(sequences, pad_id=pad_id, width=width)
-    return Prompts(jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens), dtype=jnp.int32))
 
 
 def standard_error(x: Float[np.ndarray, " B"]) -> float:

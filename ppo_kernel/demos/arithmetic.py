@@ -16,7 +16,7 @@ from jaxtyping import Array, Key
 from ..command.display import Display, table
 from ..command.loop import PPOStage, run_ppo
 from ..command.pipeline import random_streams
-from ..command.report import Evaluator, Samples, as_prompts
+from ..command.report import Evaluator, Samples
 from ..command.run_folder import RunFolder, reporter
 from ..config import GenerationConfig
 from ..io.tokenizer import Tokenizer
@@ -29,6 +29,7 @@ from ..trainer.pretrained import CausalLM
 from ..trainer.sft import next_token_loss
 from ..trainer.supervised import FitConfig, batches, fit
 from ..trainer.text_reward import PythonReward
+from ..types import Prompts
 from .sums import (
     ANSWER_WIDTH,
     EOS,
@@ -107,10 +108,8 @@ class Examiner:
         tokenizer: Tokenizer,
         key: Key[Array, ""],
     ):
-        prompts = as_prompts(
-            tokenizer.encode([question(problem) for problem in problems]),
-            pad_id=tokenizer.id_of(EOS), width=PROMPT_WIDTH,
-        )  # fmt: skip
+        questions = tokenizer.encode([question(problem) for problem in problems])
+        prompts = Prompts.from_ids(questions, tokenizer.id_of(EOS), PROMPT_WIDTH)
 
         def evaluator(top_k: int | None) -> Evaluator:
             return Evaluator(

@@ -19,7 +19,6 @@ from ..command.report import (
     MEANS,
     Evaluator,
     Samples,
-    as_prompts,
     compare,
     held_out_metrics,
     print_comparison,
@@ -37,6 +36,7 @@ from ..trainer.preferences import score_sequences
 from ..trainer.pretrained import CausalLM, RewardModel
 from ..trainer.sft import next_token_loss, perplexity
 from ..trainer.supervised import FitConfig, batches, fit
+from ..types import Prompts
 from .human_ratings import load_ratings
 from .rated_texts import augment, pair_accuracy, rated_texts_loss, ridge_baseline
 from .sentiment_data import DROPPED, SentimentData, prepare, split_prompts
@@ -178,7 +178,7 @@ def run_sentiment(
         rng_key=ppo_key,
     )
     evaluator = Evaluator(
-        as_prompts(evaluation_prompts, pad_id=sft.pad_token_id, width=PROMPT_SLOTS),
+        Prompts.from_ids(evaluation_prompts, sft.pad_token_id, PROMPT_SLOTS),
         reference=sft.model,
         reward=ModelReward(reward_model.model),
         tokenizer=data.tokenizer,

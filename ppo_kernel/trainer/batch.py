@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Int
 
-from ..io.padding import left_pad
 from ..io.tokenizer import Tokenizer
 from ..types import Prompts
 from .text_reward import Columns
@@ -83,8 +82,8 @@ class PPOBatch:
         if tokenizer is None:
             raise ValueError("the policy has no tokenizer, so it cannot read text; pass input_ids.")
         # The mask says which slots are used, so that any id can pad.
-        tokens, mask = left_pad(tokenizer.encode(texts), pad_id=0, width=width)
-        return cls(tokens, mask, columns or {})
+        prompts = Prompts.from_ids(tokenizer.encode(texts), width=width)
+        return cls(prompts.tokens, prompts.mask, columns or {})
 
     def prompts(self) -> Prompts:
         """The same prompts left-padded, numbered by their place in the batch."""

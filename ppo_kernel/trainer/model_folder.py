@@ -8,16 +8,15 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
 
 from ..io.folders import existing_folder, staged
 from ..io.manifest import Manifest
-from ..io.padding import left_pad
 from ..io.safetensors import save_weights
 from ..io.tokenizer import Tokenizer
 from ..models.families.family import Weight
 from ..models.heads import LanguageModel, ValueModel
 from ..models.transformer import TransformerConfig
+from ..types import Prompts
 
 _WIDTH_STEP = 64
 
@@ -63,17 +62,15 @@ class ModelFolder(Generic[ModelT]):
             raise ValueError("this model has no tokenizer, so it cannot read text.")
         return self.tokenizer
 
-    def padded(
-        self, texts: Sequence[str], *, new_tokens: int = 0
-    ) -> tuple[Int[Array, "N P"], Bool[Array, "N P"]]:
-        """Texts as left-padded (tokens, mask), of one of few widths: each compiles a program.
+    def prompts(self, texts: Sequence[str], *, new_tokens: int = 0) -> Prompts:
+        """Texts as prompts of one of few widths: each compiles a program.
 
         Args:
             texts: N of them.
             new_tokens: that follow them.
 
         Returns:
-            Token ids, and which slots hold one.
+            N prompts, numbered from 0.
 
         Raises:
             ValueError: no tokenizer, a text without a token, more tokens than positions, or
@@ -92,8 +89,7 @@ class ModelFolder(Generic[ModelT]):
                 f"max_position_embeddings={most}; shorten it, or lower max_new_tokens."
             )
         width = -(-longest // _WIDTH_STEP) * _WIDTH_STEP
-        tokens, mask = left_pad(ids, pad_id=self.pad_token_id, width=width)
-        return jnp.asarray(tokens), jnp.asarray(mask)
+        return Prompts.from_ids(ids, self.pad_token_id, width)
 
     def __repr__(self) -> str:
         config, kind = self.config, self.manifest.family.model_type

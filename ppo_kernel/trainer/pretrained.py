@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -21,7 +20,6 @@ from ..models.heads import LanguageModel, ValueModel
 from ..models.kernels.causal_attention import attend_causally
 from ..models.transformer import Transformer, TransformerConfig
 from ..rollout.generate import generate
-from ..types import Prompts
 from .model_folder import ModelFolder, check_config, open_folder, save_folder
 from .text_reward import decode
 
@@ -139,8 +137,7 @@ class CausalLM(ModelFolder[LanguageModel]):
         config = GenerationConfig(
             max_new_tokens, self.eos_token_ids, self.pad_token_id, top_k=top_k
         )
-        tokens, mask = self.padded(prompts, new_tokens=max_new_tokens)
-        batch = Prompts(tokens, mask, jnp.arange(len(tokens)))
+        batch = self.prompts(prompts, new_tokens=max_new_tokens)
         rollout = _generate(
             self.model, batch, key, config=config, temperature=temperature, top_p=top_p
         )
@@ -230,7 +227,8 @@ class RewardModel(ModelFolder[ValueModel]):
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts for {len(responses)} responses.")
         texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        scores = _last_values(self.model, *self.padded(texts))
+        batch = self.prompts(texts)
+        scores = _last_values(self.model, batch.tokens, batch.mask)
         return np.asarray(scores, np.float64).tolist()
 
 

@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from ppo_kernel.command.display import Display
 from ppo_kernel.command.loop import prompt_batches
 from ppo_kernel.command.pipeline import random_streams
-from ppo_kernel.command.report import Evaluator, as_prompts, distinct_n
+from ppo_kernel.command.report import Evaluator, distinct_n
 from ppo_kernel.command.run_folder import RunFolder
 from ppo_kernel.io.tokenizer import Tokenizer
 from ppo_kernel.trainer.config import PPOConfig
@@ -32,15 +32,6 @@ def words(count: int) -> Tokenizer:
 def test_distinct_n_counts_over_all_responses():
     assert distinct_n([[1, 2, 3], [1, 2]], 2) == 2 / 3
     assert distinct_n([[7], []], 2) == 0.0
-
-
-def test_prompts_are_left_padded_and_numbered():
-    prompts = as_prompts([[5, 6], [7]], pad_id=9, width=3)
-    assert prompts.tokens.tolist() == [[9, 5, 6], [9, 9, 7]]
-    assert prompts.mask.tolist() == [[False, True, True], [False, False, True]]
-    assert prompts.sample_ids.tolist() == [0, 1]
-    with pytest.raises(ValueError, match="more than"):
-        as_prompts([[1, 2, 3, 4]], pad_id=0, width=3)
 
 
 def test_every_prompt_comes_once_an_epoch_in_a_new_order():

@@ -9,7 +9,6 @@ from hypothesis import given
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from ppo_kernel.io.padding import left_pad
 from ppo_kernel.io.tokenizer import Tokenizer
 
 SPECIAL = {"eos_token": "</s>", "pad_token": "<pad>", "bos_token": "<s>"}
@@ -113,33 +112,3 @@ def test_folders_without_a_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot read"):
         Tokenizer.load(tmp_path)
-
-
-@given(
-    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=1, max_size=4),
-    st.integers(0, 3),
-)
-def test_left_pad(sequences, spare):
-    width = max(map(len, sequences)) + spare
-    tokens, mask = left_pad(sequences, pad_id=7, width=width)
-    assert tokens.shape == mask.shape == (len(sequences), width)
-    assert [row[valid].tolist() for row, valid in zip(tokens, mask, strict=True)] == sequences
-    assert (np.diff(mask.astype(int), axis=1) >= 0).all()
-    assert (tokens[~mask] == 7).all()
-
-
-def test_left_pad_takes_the_longest_width():
-    assert left_pad([[1], [2, 3]], pad_id=0)[0].tolist() == [[0, 1], [2, 3]]
-
-
-@pytest.mark.parametrize(
-    ("sequences", "width", "message"),
-    [
-        ([], None, "no sequences"),
-        ([[1], []], None, "sequence 1 is empty"),
-        ([[1], [1, 2, 3]], 2, "sequence 1 has 3 tokens.*width=2"),
-    ],
-)
-def test_left_pad_refusals(sequences, width, message):
-    with pytest.raises(ValueError, match=message):
-        left_pad(sequences, pad_id=0, width=width)

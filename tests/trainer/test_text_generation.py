@@ -41,8 +41,8 @@ def test_the_likeliest_tokens_do_not_depend_on_the_key():
 def test_refusals():
     model = make_lm(tokenizer=word_tokenizer())
     for prompts, settings, message in (
-        (["w3", ""], {}, "sequence 1 is empty"),
-        ("w3", {}, "takes a list of texts"),
+        (["w3", ""], {}, "prompt 1 is empty"),
+        ("w3", {}, "expected a list of texts"),
         (["w3"], {"temperature": 0.0}, "temperature must be finite, above 0"),
         (["w3"], {"top_k": 0}, "top_k must be a whole number"),
     ):
