@@ -101,7 +101,8 @@ class PPOTrainer:
 
         Raises:
             ValueError: a wrong number of prompts, prompts too long, ids outside the vocabulary;
-                scores, log-probabilities, values or parameters that are not finite.
+                scores, log-probabilities, values or parameters that are not finite; a metric of
+                the reward under a name of PPO's.
         """
         prompts = batch.prompts()
         self._check(prompts)
@@ -115,6 +116,9 @@ class PPOTrainer:
             scored = self.reward.scored(collected.rollout, batch.columns_of(ids.tolist()))
             scores = place(scored.scores, self.mesh, "batch")
             self.state, metrics = compiled.learn(self.state, collected, scores, hyperparams)
+            taken = sorted(metrics.keys() & scored.metrics.keys())
+            if taken:
+                raise ValueError(f"the reward reports {taken[0]!r}, a metric of PPO; rename it.")
             metrics |= {name: jnp.mean(values) for name, values in scored.metrics.items()}
         else:
             self.state, metrics = compiled.step(self.state, *inputs, self.reward)

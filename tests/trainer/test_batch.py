@@ -110,6 +110,12 @@ def test_a_reward_gets_the_columns_it_names_and_reports_metrics():
     }
 
 
+def test_a_reward_does_not_report_under_a_name_of_ppo():
+    reward = PythonReward(lambda prompts, responses: ([0.0] * 4, {"entropy": 1.0}))
+    with pytest.raises(ValueError, match="reports 'entropy', a metric of PPO; rename it"):
+        trainer(reward).train_step(PPOBatch.from_texts(word_tokenizer(), ["w0", "w1"]))
+
+
 def test_more_tokens_than_positions_are_refused():
     short = make_lm(dataclasses.replace(CONFIG, max_positions=5), tokenizer=word_tokenizer())
     reward = PythonReward(lambda prompts, responses: [0.0] * len(responses))
