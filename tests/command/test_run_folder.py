@@ -125,12 +125,14 @@ def test_two_processes_cannot_write_one_run_and_a_killed_one_leaves_no_lock(tmp_
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout.readline() == "holding\n"
-        before = contents(tmp_path)
-        with pytest.raises(ValueError, match=f"process {process.pid} is writing to {tmp_path}"):
-            RunFolder(tmp_path, resume=SETTINGS)
-        assert contents(tmp_path) == before
-        process.kill()
+        try:
+            assert process.stdout.readline() == "holding\n"
+            before = contents(tmp_path)
+            with pytest.raises(ValueError, match=f"process {process.pid} is writing to {tmp_path}"):
+                RunFolder(tmp_path, resume=SETTINGS)
+            assert contents(tmp_path) == before
+        finally:
+            process.kill()
         process.wait()
         assert written(tmp_path, [("ppo", 2)]) == [("ppo", 1), ("ppo", 2)]
 
