@@ -54,7 +54,7 @@ def test_preferences(written):
         (read_prompts, '{"prompt": " "}', 'line 1: "prompt" is empty; leave the row out'),
         (read_prompts, '{"prompt": "\\ud800"}', 'line 1: "prompt" has half of a surrogate pair'),
         (read_prompts, b'{"prompt": "a"}\n{"prompt": "\xff"}', "line 2: is not UTF-8 .*save the"),
-        (read_prompts, "\n \n", "data.jsonl has no rows; write one a line"),
+        (read_prompts, "\n \n", "data.jsonl has no rows; write one per line"),
         (read_prompts, "{}\n" * 3, r"line 1: .*\(2 more lines are wrong\)"),
         (read_examples, '{"label": 1}', 'line 1: has "label"; give it "prompt" and "response"'),
         (read_examples, '{"prompt": "a"}', 'line 1: has no "response", only "prompt"; add it'),
