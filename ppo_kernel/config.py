@@ -114,6 +114,8 @@ class GenerationConfig:
         decode_slots: C sequences are decoded at a time, over all devices. The slot of one that has
             ended is refilled from the batch; the next C prompts are prefilled in advance, and use
             memory too. None: the whole batch in lockstep. Affects speed and memory only.
+        banned_token_ids: ids that are never sampled, such as the rows of an embedding that stand
+            for no text. As top-k, they restrict sampling only.
 
     Raises:
         ValueError: a count is out of its range.
@@ -126,6 +128,7 @@ class GenerationConfig:
     top_k: int | None = None
     samples_per_prompt: int = 1
     decode_slots: int | None = None
+    banned_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         check_whole("max_new_tokens", self.max_new_tokens)
@@ -143,12 +146,12 @@ class GenerationConfig:
                 "decode_slots must be a multiple of samples_per_prompt="
                 f"{self.samples_per_prompt}, or None for the whole batch; got {self.decode_slots}."
             )
-        if not isinstance(self.eos_token_ids, tuple):
-            raise ValueError(
-                f"eos_token_ids must be a tuple such as (2,), got {self.eos_token_ids!r}."
-            )
-        for token_id in self.eos_token_ids:
-            check_whole("eos_token_ids", token_id, least=0)
+        named = {"eos_token_ids": self.eos_token_ids, "banned_token_ids": self.banned_token_ids}
+        for name, ids in named.items():
+            if not isinstance(ids, tuple):
+                raise ValueError(f"{name} must be a tuple such as (2,), got {ids!r}.")
+            for token_id in ids:
+                check_whole(name, token_id, least=0)
         check_whole("pad_token_id", self.pad_token_id, least=0)
         if self.pad_token_id > np.iinfo(np.int32).max:
             raise ValueError(f"pad_token_id must fit into int32, got {self.pad_token_id}.")

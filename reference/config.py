@@ -49,6 +49,7 @@ class GenerationConfig:
     min_new_tokens: int = 0
     top_k: int | None = None
     samples_per_prompt: int = 1
+    banned_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

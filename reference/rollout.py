@@ -33,7 +33,8 @@ def generate(
             mask = np.concatenate([filled, np.ones(t, bool)])
             last = hidden_states(policy, context, mask)[-1:]
             logits = unembed(policy, last) / temperature
-            allowed = ban_tokens(logits, config.eos_token_ids, t < config.min_new_tokens)
+            allowed = ban_tokens(logits, config.banned_token_ids, True)
+            allowed = ban_tokens(allowed, config.eos_token_ids, t < config.min_new_tokens)
             allowed = restrict_logits(allowed, top_k=config.top_k, top_p=top_p, min_p=min_p)
             drawn, behaviour[b, t : t + 1] = sample_tokens(allowed, noise[b, t][None])
             tokens[b, t], logprobs[b, t] = drawn[0], token_logprobs(logits, drawn)[0]

@@ -182,7 +182,9 @@ class Pipeline:
 
     def _evaluator(self, models: PPOActorCritic) -> Evaluator:
         policy, width = models.policy_model, self.data.prompt_width
-        generation = models.config.generation(width, policy.eos_token_ids, policy.pad_token_id)
+        generation = models.config.generation(
+            width, policy.eos_token_ids, policy.pad_token_id, policy.banned_token_ids
+        )
         return Evaluator(
             Prompts.from_ids(self.data.prompts.held_out, policy.pad_token_id, width),
             reference=policy.model,

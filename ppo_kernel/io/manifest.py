@@ -41,16 +41,47 @@ class Manifest:
         return cls(family_of(config), config, read_json(folder / "generation_config.json", {}))
 
     def eos_token_ids(self, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-        """Every id that ends a text, sorted: those of both files, else the tokenizer's."""
+        """Every id that ends a text, whichever of the files names it; sorted.
+
+        A tuned chat model may end a turn with a token that the tokenizer alone names.
+        """
         ids = {*_ids(self.config, "eos_token_id"), *_ids(self.generation, "eos_token_id")}
-        if not ids and tokenizer is not None and tokenizer.eos_id is not None:
-            ids = {tokenizer.eos_id}
-        return tuple(sorted(ids))
+        own = None if tokenizer is None else tokenizer.eos_id
+        return tuple(sorted(ids if own is None else ids | {own}))
 
     def pad_token_id(self, tokenizer: Tokenizer | None) -> int:
         """The id in a file or the tokenizer, else an EOS id, else 0."""
         told = self._named_pad_id(tokenizer)
         return (*self.eos_token_ids(tokenizer), 0)[0] if told is None else told
+
+    def check(self, tokenizer: Tokenizer | None) -> None:
+        """Refuse ids that no row of the embedding stands for.
+
+        Args:
+            tokenizer: the folder's.
+
+        Raises:
+            ValueError: more ids in the tokenizer than `vocab_size` in config.json, or an EOS, pad
+                or BOS id that is not below it; names the key and the file.
+        """
+        rows = self.config.get("vocab_size")
+        if rows is None:
+            return
+        if tokenizer is not None and tokenizer.num_ids > rows:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.num_ids} ids, but the embedding only {rows} rows "
+                "(vocab_size); resize the embedding, or pass the tokenizer that belongs to the "
+                "model."
+            )
+        files = {"config.json": self.config, "generation_config.json": self.generation}
+        for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
+            for file, entries in files.items():
+                outside = [i for i in _ids(entries, key) if i >= rows]
+                if outside:
+                    raise ValueError(
+                        f"{key} in {file} is {outside[0]}, but the embedding has {rows} rows "
+                        "(vocab_size): no token has that id; correct or remove it."
+                    )
 
     def write(
         self,

@@ -26,11 +26,13 @@ _BUFFERS = ("rotary_emb.inv_freq",)
 class WeightFiles:
     """The tensors of a folder, read one by one; a context manager, since it keeps files open.
 
+    The index decides which shard holds a tensor: one that it does not name there is not read.
+
     Args:
         folder: holds model.safetensors, or model.safetensors.index.json and its shards.
 
     Raises:
-        ValueError: there are no such files, or they are damaged.
+        ValueError: there are no such files, or they are damaged, or a shard lacks a tensor.
     """
 
     def __init__(self, folder: Path):
@@ -38,12 +40,18 @@ class WeightFiles:
         self._stack = ExitStack()
         with ExitStack() as stack:
             self._files = {}
-            for path in _weight_paths(folder):
+            for path, names in _tensors_of_files(folder).items():
                 try:
                     file = stack.enter_context(safe_open(path, framework="numpy"))
                 except (SafetensorError, OSError) as error:
                     raise ValueError(f"cannot read {path}: {error}. Fetch it again.") from error
-                self._files |= dict.fromkeys(file.keys(), file)
+                lost = [] if names is None else sorted(names - set(file.keys()))
+                if lost:
+                    raise ValueError(
+                        f"{path} lacks {_some(lost)}, which {INDEX} says it holds: fetch both "
+                        "files again."
+                    )
+                self._files |= dict.fromkeys(file.keys() if names is None else names, file)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> "WeightFiles":
@@ -72,6 +80,13 @@ class WeightFiles:
                 f"{sorted(_FLOATS)}; dequantize the checkpoint and save it again."
             )
         return self._files[name].get_tensor(name)
+
+    def differ(self, left: str, right: str) -> bool:
+        """Whether two tensors, if both are there, have other shapes or values."""
+        if not {left, right} <= self.names:
+            return False
+        x, y = (self._files[name].get_tensor(name) for name in (left, right))
+        return not np.array_equal(x, y)
 
 
 def load_weights(
@@ -162,19 +177,22 @@ def save_weights(
     (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _weight_paths(folder: Path) -> list[Path]:
+def _tensors_of_files(folder: Path) -> dict[Path, set[str] | None]:
+    """Each file of weights, and the tensors to be read from it; None for all."""
     if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
+        return {folder / WEIGHTS: None}
     if not (folder / INDEX).is_file():
         raise ValueError(
             f"{folder} has neither {WEIGHTS} nor {INDEX}. Weights in another format: load them "
             "with transformers and save_pretrained them again."
         )
-    names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-    lost = [name for name in names if not (folder / name).is_file()]
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in read_json(folder / INDEX).get("weight_map", {}).items():
+        shards.setdefault(shard, set()).add(tensor)
+    lost = [shard for shard in sorted(shards) if not (folder / shard).is_file()]
     if lost:
         raise ValueError(f"{folder} lacks {_some(lost)}, named in {INDEX}: fetch all shards.")
-    return [folder / name for name in names]
+    return {folder / shard: shards[shard] for shard in sorted(shards)}
 
 
 def _names(weight: Weight, leaf: Any) -> list[str]:

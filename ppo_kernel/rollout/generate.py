@@ -55,7 +55,7 @@ def generate(
 
     Raises:
         ValueError: prompts or `noise` of a wrong shape or type, a number out of its range, an EOS
-            id outside the vocabulary, `min_new_tokens` bans all of it, or slots and prompts do not
+            or a banned id outside the vocabulary, all of it banned, or slots and prompts do not
             divide over the devices.
     """
     check_prompts(prompts, policy)
@@ -101,6 +101,8 @@ class _Sampler:
         _check_vocabulary(config, logits.shape[-1])
         logits = logits / jnp.asarray(self.temperature).astype(logits.dtype)
         allowed = logits
+        if config.banned_token_ids:
+            allowed = ban_tokens(allowed, config.banned_token_ids, jnp.ones((), bool))
         if config.eos_token_ids and config.min_new_tokens:
             allowed = ban_tokens(allowed, config.eos_token_ids, t < config.min_new_tokens)
         allowed = restrict_logits(allowed, top_k=config.top_k, top_p=self.top_p, min_p=self.min_p)
@@ -139,16 +141,20 @@ def _repeat(cache: Cache, samples: int) -> Cache:
 
 
 def _check_vocabulary(config: GenerationConfig, size: int) -> None:
-    """Refuse EOS ids that no token can be, and a ban that leaves nothing to sample."""
-    outside = [i for i in config.eos_token_ids if i >= size]
-    if outside:
+    """Refuse ids that no token can have, and bans that leave nothing to sample."""
+    named = {"eos_token_ids": config.eos_token_ids, "banned_token_ids": config.banned_token_ids}
+    for name, ids in named.items():
+        outside = [i for i in ids if i >= size]
+        if outside:
+            raise ValueError(
+                f"{name} {outside} are outside of the policy's vocabulary of {size} tokens."
+            )
+    banned = {*config.banned_token_ids, *(config.eos_token_ids if config.min_new_tokens else ())}
+    if len(banned) == size:
         raise ValueError(
-            f"eos_token_ids {outside} are outside of the policy's vocabulary of {size} tokens."
-        )
-    if config.min_new_tokens and len(set(config.eos_token_ids)) == size:
-        raise ValueError(
-            f"min_new_tokens={config.min_new_tokens} bans eos_token_ids={config.eos_token_ids}, "
-            "which is the whole vocabulary; nothing is left to sample."
+            f"banned_token_ids has {len(config.banned_token_ids)} ids and min_new_tokens="
+            f"{config.min_new_tokens} bans eos_token_ids={config.eos_token_ids}: together the "
+            "whole vocabulary; nothing is left to sample."
         )
 
 

@@ -187,11 +187,15 @@ class PPOConfig:
         )
 
     def generation(
-        self, prompt_width: int, eos_token_ids: tuple[int, ...], pad_token_id: int
+        self,
+        prompt_width: int,
+        eos_token_ids: tuple[int, ...],
+        pad_token_id: int,
+        banned_token_ids: tuple[int, ...] = (),
     ) -> GenerationConfig:
         """Settings of the rollout for prompts of `prompt_width` slots.
 
-        `eos_token_ids` and `pad_token_id` are the model's.
+        The ids are the model's: `CausalLM.eos_token_ids`, `pad_token_id`, `banned_token_ids`.
 
         Raises:
             ValueError: prompt and response do not fit into `max_seq_len`.
@@ -210,6 +214,7 @@ class PPOConfig:
             top_k=self.top_k,
             samples_per_prompt=self.samples_per_prompt,
             decode_slots=self.decode_slots,
+            banned_token_ids=banned_token_ids,
         )
 
     def iteration(self, generation: GenerationConfig, num_devices: int = 1) -> IterationConfig:

@@ -174,7 +174,9 @@ class PPOTrainer:
     def _iteration(self, width: int) -> CompiledIteration:
         if width not in self._compiled:
             model = self.policy_model
-            generation = self.config.generation(width, model.eos_token_ids, model.pad_token_id)
+            generation = self.config.generation(
+                width, model.eos_token_ids, model.pad_token_id, model.banned_token_ids
+            )
             config = self.config.iteration(generation, self.num_devices)
             self._compiled[width] = compile_iteration(
                 config=config, learner=self.learner, mesh=self.mesh,

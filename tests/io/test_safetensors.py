@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jaxtyping import Array, Float
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from ppo_kernel.io.folders import existing_folder, read_json, staged
 from ppo_kernel.io.safetensors import WeightFiles, load_weights, save_weights
@@ -133,6 +133,41 @@ def test_lost_shard(tmp_path):
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks 'model-00002-of-00003\.safetensors'"):
         load(tmp_path)
+
+
+def shards(path):
+    """The names and contents of saved shards, and their index."""
+    save(path, shard_bytes=60)
+    index = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    contents = {name: load_file(path / name) for name in sorted(set(index.values()))}
+    return index, contents
+
+
+def test_index_decides_which_shard_holds_a_tensor(tmp_path):
+    index, contents = shards(tmp_path)
+    for name, content in contents.items():
+        stale = {x: np.full_like(tensors()[x], 7) for x in set(index) - set(content)}
+        save_file(content | stale | {"gone.weight": np.ones(2)}, tmp_path / name)
+    assert_same(load(tmp_path), toy())
+
+
+def test_tensor_that_its_shard_lacks_is_refused(tmp_path):
+    _, contents = shards(tmp_path)
+    (first, content), (second, other) = list(contents.items())[:2]
+    moved = sorted(content)[0]
+    save_file(
+        {x: v for x, v in content.items() if x != moved} | {"spare": np.ones(1)}, tmp_path / first
+    )
+    save_file(other | {moved: content[moved]}, tmp_path / second)
+    with pytest.raises(ValueError, match=rf"{first} lacks '{moved}', which model"):
+        load(tmp_path)
+
+
+def test_tensors_that_differ(tmp_path):
+    content = {"a": np.ones(3), "b": np.ones(3), "c": np.zeros(3), "d": np.ones((3, 1))}
+    save_file(content, tmp_path / "model.safetensors")
+    with WeightFiles(tmp_path) as files:
+        assert [files.differ("a", x) for x in "abcde"] == [False, False, True, True, False]
 
 
 def test_index_names_every_tensor(tmp_path):

@@ -26,6 +26,8 @@ CASES = {
     "one-token": ({"max_new_tokens": 1, "eos_token_ids": (0, 1, 2), "top_k": 4}, ("top_p",)),
     "banned": ({"max_new_tokens": 6, "eos_token_ids": (2, 5, 7, 8, 11), "min_new_tokens": 3,
                 "pad_token_id": 5, "samples_per_prompt": 2, "top_k": 6}, ("top_p", "min_p")),
+    "textless": ({"max_new_tokens": 5, "eos_token_ids": (2, 5), "banned_token_ids": (0, 4, 11, 12)},
+                 ("top_p",)),
     "slots": ({"max_new_tokens": 6, "eos_token_ids": (2, 5, 7), "min_new_tokens": 2,
                "samples_per_prompt": 2, "decode_slots": 2}, ("top_p",)),
 }  # fmt: skip
