@@ -37,30 +37,28 @@ class Encoder:
     def __init__(self, folder: Path):
         manifest = Manifest.read(existing_folder(folder))
         self.tokenizer = Tokenizer.load(folder)
+        manifest.check(self.tokenizer)
         ids, own = manifest.eos_token_ids(self.tokenizer), self.tokenizer.eos_id
         if not ids:
             raise ValueError(
                 f"{folder} does not say which token ends a text; add eos_token_id to its "
                 "config.json."
             )
-        self.eos_id = own if own in ids else ids[0]
+        self.eos_id = ids[0] if own is None else own
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of prompts, with BOS once where the tokenizer adds one.
-
-        The text of a chat template spells BOS out already, so that it would stand twice.
-        """
-        bos = self.tokenizer.bos_id
-        rows = self.tokenizer.encode(texts)
-        return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in rows]
+        """Ids of prompts: `Tokenizer.encode_prompts`."""
+        return self.tokenizer.encode_prompts(texts)
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of whole texts: as prompts, with EOS."""
         return [self._ended(ids) for ids in self.prompts(texts)]
 
-    def responses(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of responses, which continue a prompt, with EOS."""
-        return [self._ended(ids) for ids in self.tokenizer.encode(texts, add_special_tokens=False)]
+    def responses(
+        self, texts: Sequence[str], prompts: Sequence[str] | None = None
+    ) -> list[list[int]]:
+        """Ids of responses to `prompts`, with EOS: `Tokenizer.encode_responses`."""
+        return [self._ended(ids) for ids in self.tokenizer.encode_responses(texts, prompts)]
 
     def _ended(self, ids: list[int]) -> list[int]:
         """`ids` with EOS, unless the text spells it out."""
@@ -195,8 +193,9 @@ def _examples(
     examples: Sequence[Example], settings: TrainSettings, encoder: Encoder
 ) -> tuple[list[TokenExample], str]:
     """The examples with a response token left after the cut, and a note on what is cut."""
-    prompts = encoder.prompts([example.prompt or "" for example in examples])
-    responses = encoder.responses([example.response for example in examples])
+    asked = [example.prompt or "" for example in examples]
+    prompts = encoder.prompts(asked)
+    responses = encoder.responses([example.response for example in examples], asked)
     texts = encoder.texts([example.response for example in examples])
     encoded = [
         TokenExample(text, 0) if x.prompt is None else TokenExample(prompt + response, len(prompt))
@@ -217,9 +216,10 @@ def _pairs(
     preferences: Sequence[Preference], settings: TrainSettings, encoder: Encoder
 ) -> tuple[list[TokenPair], str]:
     """The pairs that fit, because a preference is of whole responses; and a note on the others."""
-    prompts = encoder.prompts([pair.prompt for pair in preferences])
-    chosen = encoder.responses([pair.chosen for pair in preferences])
-    rejected = encoder.responses([pair.rejected for pair in preferences])
+    asked = [pair.prompt for pair in preferences]
+    prompts = encoder.prompts(asked)
+    chosen = encoder.responses([pair.chosen for pair in preferences], asked)
+    rejected = encoder.responses([pair.rejected for pair in preferences], asked)
     pairs = [TokenPair(p + c, p + r) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
     width = max(settings.reward_fit.widths)
     rows = [pair for pair in pairs if len(pair) <= width]

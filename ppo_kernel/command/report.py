@@ -15,7 +15,7 @@ from ..functions import RewardFn
 from ..io.tokenizer import Tokenizer
 from ..models.protocol import Policy
 from ..rollout.generate import generate
-from ..trainer.text_reward import PythonReward, decode
+from ..trainer.text_reward import PythonReward, rollout_texts
 from ..types import Prompts, Rollout
 from .display import Display, table
 
@@ -96,9 +96,10 @@ class Evaluator:
         reference = np.asarray(reference_logprobs)
         ratio = np.where(mask, np.asarray(rollout.logprobs) - reference, 0.0)
         rows = [row[valid].tolist() for row, valid in zip(tokens, mask, strict=True)]
+        prompts, responses = rollout_texts(self.tokenizer, rollout, skip_special_tokens=True)
         return Samples(
-            prompts=decode(self.tokenizer, rollout.prompt_tokens, rollout.prompt_mask),
-            responses=decode(self.tokenizer, rollout.tokens, rollout.mask),
+            prompts=prompts,
+            responses=responses,
             scores=np.asarray(self._reward(rollout)),
             sequence_kl=ratio.sum(axis=1),
             reference_nll=float(-reference[mask].mean() if mask.any() else 0.0),

@@ -1,5 +1,6 @@
 """The JSON files that stand beside the weights in a model folder."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,14 @@ class Manifest:
                         f"{key} in {file} is {outside[0]}, but the embedding has {rows} rows "
                         "(vocab_size): no token has that id; correct or remove it."
                     )
+        if tokenizer is not None:
+            silent = set(self.eos_token_ids(tokenizer)) & set(tokenizer.ids_without_text(rows))
+            if silent:
+                warnings.warn(
+                    f"eos_token_id {sorted(silent)} stands for no text of the tokenizer, so it is "
+                    "never sampled and ends no response.",
+                    stacklevel=2,
+                )
 
     def write(
         self,

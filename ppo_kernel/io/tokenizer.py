@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex
 import tokenizers
 
 from .continuation import Continuations, Frame, clean_up, common_prefix
-from .folders import existing_folder, write_json
+from .folders import existing_folder, read_json, write_json
 from .tokenizer_files import SETTINGS, SPECIAL, TokenizerFiles, effective
 
 _TEMPLATE = "chat_template.jinja"
@@ -41,11 +41,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path) -> "Tokenizer":
-        """The tokenizer of a folder, as transformers reads its files.
-
-        tokenizer.json has the rules, tokenizer_config.json names the special tokens and the class;
-        where transformers lets the class or `model_type` in config.json overrule tokenizer.json,
-        so do we.
+        """The tokenizer of a folder; see `tokenizer_files.effective`.
 
         Raises:
             FileNotFoundError: no such folder.
@@ -120,7 +116,7 @@ class Tokenizer:
 
         Where the ids of the joint text start with those of the prompt, the rest is taken, as
         transformers would. Else the response is encoded as the middle of a text: without the
-        space that some tokenizers put in front of one.
+        space that some tokenizers put in front of one. In a vocabulary of words it starts a word.
 
         Args:
             responses: text, with its first space if it has one.
@@ -225,12 +221,23 @@ class Tokenizer:
         return Frame.of(self.backend)
 
     def save(self, path) -> None:
-        """Write it into the existing folder `path`, for us and for transformers' AutoTokenizer."""
+        """Write it into the existing folder `path`, for us and for transformers' AutoTokenizer.
+
+        Raises:
+            ValueError: transformers would read it by other rules, those of the class that belongs
+                to `model_type` in the folder's config.json.
+        """
         folder = existing_folder(path)
         self.backend.save(str(folder / "tokenizer.json"))
         write_json(folder / SETTINGS, self.settings)
         for name, text in self.files.items():
             (folder / name).write_text(text, encoding="utf-8")
+        if Tokenizer.load(folder) != self:
+            kind = read_json(folder / "config.json", {}).get("model_type")
+            raise ValueError(
+                f"transformers reads a tokenizer in a folder of model_type {kind!r} by rules of "
+                "another class; save this one with a model of another family, such as 'llama'."
+            )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self._rules == other._rules
@@ -268,6 +275,9 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def _continue(self, prompt: str, response: str, head: list[int], joint: list[int]) -> list[int]:
+        if isinstance(self.backend.model, tokenizers.models.WordLevel):
+            # It has no parts of words: "one" + "two" are two of them, "onetwo" is unknown.
+            return self._continuations.encode(response)
         if joint[: len(head)] == head:
             return joint[len(head) :]
         told = (self._spell(joint, False), self._spell(head, False) + response)
@@ -287,4 +297,4 @@ class Tokenizer:
 
 def _check_list(texts: Sequence[str]) -> None:
     if isinstance(texts, str):
-        raise ValueError(f"expected a list of texts, got one string: [{texts!r}] is meant?")
+        raise ValueError(f"encode takes a list of texts, got one string: [{texts!r}] is meant?")

@@ -48,7 +48,7 @@ class PPOActorCritic:
                 "reward_model must be a RewardModel, such as RewardModel.from_pretrained(path), a "
                 f"function of the rollout, or a PythonReward; got {self.reward_model!r}."
             )
-        size = self.policy_model.config.vocab_size
+        size = self.policy_model.num_token_ids
         for name, config in self._sizes().items():
             if config.vocab_size < size:
                 raise ValueError(

@@ -82,7 +82,7 @@ class PPOBatch:
         if tokenizer is None:
             raise ValueError("the policy has no tokenizer, so it cannot read text; pass input_ids.")
         # The mask says which slots are used, so that any id can pad.
-        prompts = Prompts.from_ids(tokenizer.encode(texts), width=width)
+        prompts = Prompts.from_ids(tokenizer.encode_prompts(texts), width=width)
         return cls(prompts.tokens, prompts.mask, columns or {})
 
     def prompts(self) -> Prompts:

@@ -62,18 +62,18 @@ class ModelFolder(Generic[ModelT]):
             raise ValueError("this model has no tokenizer, so it cannot read text.")
         return self.tokenizer
 
-    def prompts(self, texts: Sequence[str], *, new_tokens: int = 0) -> Prompts:
-        """Texts as prompts of one of few widths: each compiles a program.
+    def prompts(self, ids: Sequence[Sequence[int]], *, new_tokens: int = 0) -> Prompts:
+        """Token ids as prompts of one of few widths: each compiles a program.
 
         Args:
-            texts: N of them.
+            ids: those of N texts.
             new_tokens: that follow them.
 
         Returns:
             N prompts, numbered from 0.
 
         Raises:
-            ValueError: no tokenizer, a text without a token, more tokens than positions, or
+            ValueError: a text without a token, more tokens than positions, or
                 parameters that a training step has consumed.
         """
         if any(x.is_deleted() for x in jax.tree.leaves(eqx.filter(self.model, eqx.is_array))):
@@ -81,7 +81,6 @@ class ModelFolder(Generic[ModelT]):
                 "the parameters of this model were consumed by a training step; take the policy "
                 "from the state that it returned (PPOTrainer.policy)."
             )
-        ids = self.required_tokenizer().encode(texts)
         longest, most = max(map(len, ids), default=1), self.config.max_positions
         if longest + new_tokens > most:
             raise ValueError(
@@ -121,7 +120,8 @@ def open_folder(
 
     Raises:
         FileNotFoundError: no such folder, or it has no config.json.
-        ValueError: a model that is not supported, or a tokenizer larger than its embedding.
+        ValueError: a model that is not supported, a tokenizer larger than its embedding, or an
+            EOS, pad or BOS id without a row in it.
     """
     folder = existing_folder(path)
     manifest = Manifest.read(folder)
@@ -135,6 +135,7 @@ def open_folder(
     )
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer = Tokenizer.load(folder) if has_tokenizer else None
+    manifest.check(tokenizer)
     check_config(config, tokenizer)
     return OpenFolder(manifest, config, tokenizer)
 

@@ -161,7 +161,7 @@ class PPOTrainer:
                 f"the batch has {count} prompts; train_batch_size={config.train_batch_size} with "
                 f"samples_per_prompt={config.samples_per_prompt} takes {config.num_prompts}."
             )
-        mask, size = np.asarray(prompts.mask), self.policy_model.config.vocab_size
+        mask, size = np.asarray(prompts.mask), self.policy_model.num_token_ids
         tokens = np.asarray(prompts.tokens)[mask]
         if tokens.min() < 0 or tokens.max() >= size:
             bad = tokens.min() if tokens.min() < 0 else tokens.max()

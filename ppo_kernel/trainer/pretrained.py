@@ -1,8 +1,9 @@
 """Models as folders in the layout of Hugging Face: load, save, start from nothing."""
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import equinox as eqx
 import jax
@@ -21,7 +22,7 @@ from ..models.kernels.causal_attention import attend_causally
 from ..models.transformer import Transformer, TransformerConfig
 from ..rollout.generate import generate
 from .model_folder import ModelFolder, check_config, open_folder, save_folder
-from .text_reward import decode
+from .text_reward import rollout_texts
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -85,15 +86,16 @@ class CausalLM(ModelFolder[LanguageModel]):
             path, attention=attention, param_dtype=param_dtype, compute_dtype=compute_dtype,
             cache_dtype=cache_dtype,
         )  # fmt: skip
-        weights = manifest.family.causal_lm_weights(config)
-        # Some writers store the output matrix of a tied model once more.
-        ignored = ("lm_head.weight",) if config.tie_embeddings else ()
         with WeightFiles(existing_folder(path)) as files:
             if "score.weight" in files.names:
                 raise ValueError(
                     f"{os.fspath(path)} holds a sequence classifier (score.weight), not a "
                     "language model: use RewardModel.from_pretrained."
                 )
+            config = _with_the_stored_head(files, config, manifest.family)
+            weights = manifest.family.causal_lm_weights(config)
+            # Some writers store the output matrix of a tied model once more.
+            ignored = (_HEAD,) if config.tie_embeddings else ()
             model = load_weights(files, _policy_shapes(config), weights, ignored=ignored)
         return cls(model, tokenizer, manifest)
 
@@ -135,18 +137,37 @@ class CausalLM(ModelFolder[LanguageModel]):
                 positions, a number out of its range, or parameters that a training step consumed.
         """
         config = GenerationConfig(
-            max_new_tokens, self.eos_token_ids, self.pad_token_id, top_k=top_k
+            max_new_tokens,
+            self.eos_token_ids,
+            self.pad_token_id,
+            top_k=top_k,
+            banned_token_ids=self.banned_token_ids,
         )
-        batch = self.prompts(prompts, new_tokens=max_new_tokens)
+        tokenizer = self.required_tokenizer()
+        batch = self.prompts(tokenizer.encode_prompts(prompts), new_tokens=max_new_tokens)
         rollout = _generate(
             self.model, batch, key, config=config, temperature=temperature, top_p=top_p
         )
-        return decode(self.required_tokenizer(), rollout.tokens, rollout.mask)
+        return rollout_texts(tokenizer, rollout, skip_special_tokens=True).responses
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every id that ends a response."""
         return self.manifest.eos_token_ids(self.tokenizer)
+
+    @property
+    def banned_token_ids(self) -> tuple[int, ...]:
+        """Rows of the embedding that stand for no text; a rollout never samples them."""
+        if self.tokenizer is None:
+            return ()
+        return self.tokenizer.ids_without_text(self.config.vocab_size)
+
+    @property
+    def num_token_ids(self) -> int:
+        """One more than the largest id in a rollout: what every model that reads it must know."""
+        if self.tokenizer is None:
+            return self.config.vocab_size
+        return max(self.tokenizer.num_ids, self.pad_token_id + 1)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -227,12 +248,33 @@ class RewardModel(ModelFolder[ValueModel]):
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts for {len(responses)} responses.")
         texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        batch = self.prompts(texts)
+        tokenizer = self.required_tokenizer()
+        ids = [ids + tokenizer.frame.back for ids in tokenizer.encode_prompts(texts)]
+        batch = self.prompts(ids)
         scores = _last_values(self.model, batch.tokens, batch.mask)
         return np.asarray(scores, np.float64).tolist()
 
 
 _generate = eqx.filter_jit(generate)
+_HEAD = "lm_head.weight"
+
+
+def _with_the_stored_head(
+    files: WeightFiles, config: TransformerConfig, family: Family
+) -> TransformerConfig:
+    """The settings, untied where the folder has a head of other values than the embedding."""
+    if not config.tie_embeddings:
+        return config
+    embedding = next(w for w in family.causal_lm_weights(config) if w.path == "trunk.embedding")
+    if not files.differ(embedding.name, _HEAD):
+        return config
+    warnings.warn(
+        f"{files.folder} says tie_word_embeddings=true, but its {_HEAD} differs from "
+        f"{embedding.name}: the stored head is used, as transformers 5 does. Set "
+        "tie_word_embeddings to false in config.json, or remove the tensor.",
+        stacklevel=3,
+    )
+    return replace(config, tie_embeddings=False)
 
 
 @eqx.filter_jit

@@ -39,10 +39,12 @@ class PythonReward:
         score: see `TextReward`. It gets those columns of the batch that its parameters name, all
             of them where it takes `**columns`.
         tokenizer: turns the rollout's ids into text; None takes the policy's.
+        skip_special_tokens: leaves the marks of a chat template out of the texts.
     """
 
     score: TextReward
     tokenizer: Tokenizer | None = None
+    skip_special_tokens: bool = False
 
     def __call__(self, rollout: Rollout) -> Float[Array, " B"]:
         """Scores of a concrete rollout. Raises as `scored` does."""
@@ -69,18 +71,55 @@ class PythonReward:
             raise ValueError(
                 "this PythonReward has no tokenizer; pass PythonReward(score, tokenizer)."
             )
-        prompts = decode(self.tokenizer, rollout.prompt_tokens, rollout.prompt_mask)
-        responses = decode(self.tokenizer, rollout.tokens, rollout.mask)
+        prompts, responses = rollout_texts(
+            self.tokenizer, rollout, skip_special_tokens=self.skip_special_tokens
+        )
         returned = self.score(prompts, responses, **_wanted(self.score, columns or {}))
         scores, metrics = _apart(returned)
         rows = {name: _metric(name, value, responses) for name, value in metrics.items()}
         return Scored(_floats("the reward returned", scores, responses), rows)
 
 
-def decode(tokenizer: Tokenizer, tokens: Int[Array, "B X"], mask: Bool[Array, "B X"]) -> list[str]:
-    """The text of the valid tokens of each row."""
+class RolloutTexts(NamedTuple):
+    """B prompts and B responses as text."""
+
+    prompts: list[str]
+    responses: list[str]
+
+
+def rollout_texts(
+    tokenizer: Tokenizer, rollout: Rollout, *, skip_special_tokens: bool
+) -> RolloutTexts:
+    """The texts of a concrete rollout.
+
+    A prompt is what the tokenizer was given (`Tokenizer.decode_prompt`), a response what it adds to
+    its prompt (`Tokenizer.decode_response`), without the EOS that ended it.
+
+    Args:
+        tokenizer: of the policy.
+        rollout: B sequences.
+        skip_special_tokens: leave them out.
+
+    Returns:
+        Prompts and responses.
+    """
+    prompts = _rows(rollout.prompt_tokens, rollout.prompt_mask)
+    responses = _rows(rollout.tokens, rollout.mask)
+    ended = np.asarray(rollout.terminated)
+    skip = {"skip_special_tokens": skip_special_tokens}
+    return RolloutTexts(
+        [tokenizer.decode_prompt(prompt, **skip) for prompt in prompts],
+        [
+            tokenizer.decode_response(prompt, response[:-1] if eos else response, **skip)
+            for prompt, response, eos in zip(prompts, responses, ended, strict=True)
+        ],
+    )
+
+
+def _rows(tokens: Int[Array, "B X"], mask: Bool[Array, "B X"]) -> list[list[int]]:
+    """The valid ids of each row."""
     rows, masks = np.asarray(tokens), np.asarray(mask)
-    return [tokenizer.decode(row[valid]) for row, valid in zip(rows, masks, strict=True)]
+    return [row[valid].tolist() for row, valid in zip(rows, masks, strict=True)]
 
 
 def _wanted(score: TextReward, columns: Columns) -> Columns:

@@ -7,7 +7,7 @@ import pytest
 from small_models import make_lm, word_tokenizer
 
 from ppo_kernel import GenerationConfig, Prompts, generate
-from ppo_kernel.trainer.text_reward import decode
+from ppo_kernel.trainer.text_reward import rollout_texts
 
 PROMPTS = ["w3 w4 w5", "w2", "w6 w7"]
 
@@ -24,7 +24,8 @@ def test_it_writes_what_the_rollout_writes():
     rollout = generate(
         model.model, batch, jax.random.key(3), config=config, temperature=0.7, top_p=0.9
     )
-    assert got == decode(model.tokenizer, rollout.tokens, rollout.mask)
+    texts = rollout_texts(model.tokenizer, rollout, skip_special_tokens=True)
+    assert (got, PROMPTS) == (texts.responses, texts.prompts)
     assert len(set(got)) == 3
 
 
