@@ -96,7 +96,7 @@ class Evaluator:
         reference = np.asarray(reference_logprobs)
         ratio = np.where(mask, np.asarray(rollout.logprobs) - reference, 0.0)
         rows = [row[valid].tolist() for row, valid in zip(tokens, mask, strict=True)]
-        prompts, responses = rollout_texts(self.tokenizer, rollout, skip_special_tokens=True)
+        prompts, responses = rollout_texts(self.tokenizer, rollout, skip_special_tokens=False)
         return Samples(
             prompts=prompts,
             responses=responses,
