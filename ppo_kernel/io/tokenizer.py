@@ -297,4 +297,4 @@ class Tokenizer:
 
 def _check_list(texts: Sequence[str]) -> None:
     if isinstance(texts, str):
-        raise ValueError(f"encode takes a list of texts, got one string: [{texts!r}] is meant?")
+        raise ValueError(f"expected a list of texts, got one string: [{texts!r}] is meant?")

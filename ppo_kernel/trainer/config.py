@@ -195,7 +195,7 @@ class PPOConfig:
     ) -> GenerationConfig:
         """Settings of the rollout for prompts of `prompt_width` slots.
 
-        The ids are the model's: `CausalLM.eos_token_ids`, `pad_token_id`, `banned_token_ids`.
+        `eos_token_ids`, `pad_token_id` and `banned_token_ids` are those of the `CausalLM`.
 
         Raises:
             ValueError: prompt and response do not fit into `max_seq_len`.
