@@ -113,16 +113,9 @@ def learn(
     )  # fmt: skip
     if config.bootstrap_truncated and state.critic is None:
         raise ValueError("bootstrap_truncated takes the critic's value, but the critic is None.")
-    ended = rollout.terminated if config.bootstrap_truncated else jnp.ones_like(rollout.terminated)
-    output = advantage_estimator(
-        rewards, evaluation.values, rollout.mask,
-        jnp.where(ended, 0.0, evaluation.bootstrap_values),
-        gamma=hyperparams.gamma, lam=hyperparams.lam,
-        groups=rollout.sample_ids // config.generation.samples_per_prompt,
-    )  # fmt: skip
-    advantages, returns = check_pair("advantage_estimator", "(advantages, returns)", output)
-    check_shape("advantages of the estimator", advantages, rollout.tokens.shape)
-    check_shape("returns of the estimator", returns, rollout.tokens.shape)
+    advantages, returns = _estimate(
+        rewards, rollout, evaluation, hyperparams, config, advantage_estimator
+    )
     metrics = join(
         rollout_metrics(rollout, scores, log_ratios, evaluation.values, returns, rewards),
         prompt_counts(rollout, vocabulary_size(state.policy)),
@@ -141,6 +134,28 @@ def learn(
         num_sequences=rollout.lengths.shape[0],
     )  # fmt: skip
     return state, join(metrics, update_metrics)
+
+
+def _estimate(
+    rewards: Float[Array, "B T"],
+    rollout: Rollout,
+    evaluation: Evaluation,
+    hyperparams: Hyperparams,
+    config: IterationConfig,
+    advantage_estimator: AdvantageEstimator,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Stage 4: (advantages, returns)."""
+    ended = rollout.terminated if config.bootstrap_truncated else jnp.ones_like(rollout.terminated)
+    output = advantage_estimator(
+        rewards, evaluation.values, rollout.mask,
+        jnp.where(ended, 0.0, evaluation.bootstrap_values),
+        gamma=hyperparams.gamma, lam=hyperparams.lam,
+        groups=rollout.sample_ids // config.generation.samples_per_prompt,
+    )  # fmt: skip
+    advantages, returns = check_pair("advantage_estimator", "(advantages, returns)", output)
+    check_shape("advantages of the estimator", advantages, rollout.tokens.shape)
+    check_shape("returns of the estimator", returns, rollout.tokens.shape)
+    return advantages, returns
 
 
 def adapt_kl_coef(

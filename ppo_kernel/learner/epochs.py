@@ -108,13 +108,16 @@ def update(
 
     models, sums = jax.lax.scan(one_step, _model_states(state), order)
     state = _next_state(state, models, settings.kl_coef)
-    dtype = state.kl_coef.dtype
-    bad = [jnp.sum(~jnp.isfinite(x), dtype=dtype) for x in jax.tree.leaves(state.trained)]
-    counters = {
-        "skipped_minibatches": jnp.sum(~sums[-1][1], dtype=dtype),
-        "nonfinite_parameters": jnp.sum(jnp.stack(bad)),
-    }
+    skipped = jnp.sum(~sums[-1][1], dtype=state.kl_coef.dtype)
+    counters = {"skipped_minibatches": skipped, "nonfinite_parameters": _nonfinite(state.trained)}
     return state, join(*(each.metrics(applied) for each, applied in sums), counters)
+
+
+def _nonfinite(trained: Models) -> Float[Array, ""]:
+    """How many parameters are NaN or infinite."""
+    dtype = jnp.result_type(float)
+    bad = [jnp.sum(~jnp.isfinite(x), dtype=dtype) for x in jax.tree.leaves(trained)]
+    return jnp.sum(jnp.stack(bad))
 
 
 def _passes(state: TrainState) -> tuple[Models, ...]:
