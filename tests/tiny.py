@@ -156,9 +156,8 @@ def assert_trees_close(a, b, tolerance: float):
     for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             continue
-        if "initial_log_ratio" in jax.tree_util.keystr(path):
-            assert float(jnp.max(x)) < 1e-4  # it is nothing but rounding
-            continue
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        if "initial_log_ratio" in jax.tree_util.keystr(path) and max(x.max(), y.max()) < 1e-4:
+            continue  # on a rollout of the policy itself it is rounding, and nothing else
         worst = np.abs(x - y).max() / max(np.linalg.norm(y), 1e-30) if x.size else 0.0
         assert worst <= tolerance, f"{jax.tree_util.keystr(path)} differs by {worst} of its norm"
