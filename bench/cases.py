@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from ppo_kernel.config import GenerationConfig, Hyperparams, IterationConfig
 from ppo_kernel.learner.state import Learner, TrainState
 from ppo_kernel.models import LanguageModel, Transformer, TransformerConfig, ValueModel
+from ppo_kernel.models.config import KEEP_PROJECTIONS
 from ppo_kernel.models.kernels.causal_attention import attend_causally
-from ppo_kernel.models.transformer import KEEP_PROJECTIONS
 from ppo_kernel.sharding import make_mesh, place
 from ppo_kernel.types import Prompts, Rollout
 

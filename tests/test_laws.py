@@ -36,6 +36,8 @@ POLICIES = {
     "qwen2": lambda: _with_biases(tiny.language_model(qkv_bias=True)),
     "qwen3": lambda: tiny.language_model(qk_norm=True),
     "unrolled": lambda: tiny.language_model(unroll=2),
+    "local-and-global": lambda: tiny.language_model(**tiny.LOCAL_AND_GLOBAL),
+    "classic": lambda: tiny.language_model(**tiny.CLASSIC),
     "recurrent": lambda: tiny.RecurrentPolicy(jax.random.key(0)),
 }
 
@@ -53,10 +55,13 @@ def _with_biases(model):
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["rollout", "recomputed"])
-@pytest.mark.parametrize("name", SAMPLING)
-def test_law_1_unchanged_parameters_have_no_kl(name, recompute):
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [(name, "llama") for name in SAMPLING] + [("all", "local-and-global"), ("all", "classic")],
+)
+def test_law_1_unchanged_parameters_have_no_kl(name, model, recompute):
     static, traced = SAMPLING[name]
-    hyperparams, policy = Hyperparams(**traced), tiny.language_model()
+    hyperparams, policy = Hyperparams(**traced), POLICIES[model]()
     config = tiny.iteration_config(tiny.generation(**static), recompute_old_logprobs=recompute)
     state = tiny.start(hyperparams, policy=policy)
     collected = compile_iteration(config=config).collect(state, policy, tiny.prompts(), hyperparams)
@@ -116,7 +121,7 @@ def test_law_2_padding_pad_id_and_neighbours_change_nothing(name, float64):
     np.testing.assert_allclose(base.logprobs[2:3], single.logprobs, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["llama", "recurrent"])
+@pytest.mark.parametrize("name", ["llama", "local-and-global", "classic", "recurrent"])
 def test_law_4_a_completion_depends_on_its_own_coordinates_alone(name, float64):
     policy, batch, key = POLICIES[name](), tiny.prompts(), jax.random.key(1)
     config = tiny.generation(samples_per_prompt=2)

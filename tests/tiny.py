@@ -13,12 +13,43 @@ from ppo_kernel.config import (
     OptimizerHyperparams,
 )
 from ppo_kernel.learner.state import Learner
-from ppo_kernel.models import Decoder, LanguageModel, Transformer, TransformerConfig, ValueModel
+from ppo_kernel.models import (
+    Decoder,
+    LanguageModel,
+    LayerSpec,
+    Rope,
+    Transformer,
+    TransformerConfig,
+    ValueModel,
+)
 from ppo_kernel.models.heads import ValueHead
+from ppo_kernel.models.norm import LayerNorm
 from ppo_kernel.program import compile_iteration
 from ppo_kernel.types import Prompts
 
 VOCABULARY, EOS, PAD = 13, 1, 0
+
+
+def exact_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return jax.nn.gelu(x, approximate=False)
+
+
+LOCAL_AND_GLOBAL = {
+    "layers": (
+        LayerSpec(Rope(100.0), window=2, softcap=2.0, scale=0.4),
+        LayerSpec(Rope(1e4), softcap=3.0),
+    ),
+    "post_norms": True, "norm_offset": 1.0, "activation": jax.nn.gelu, "final_softcap": 4.0,
+    "embedding_scale": 4.0, "tie_embeddings": True, "num_layers": 4,
+}  # fmt: skip
+"""Settings of a model whose layers take turns: every other one sees two tokens alone."""
+
+CLASSIC = {
+    "norm": LayerNorm, "norm_bias": True, "norm_epsilon": 1e-5, "gated": False,
+    "activation": exact_gelu, "learned_positions": True, "max_positions": 64,
+    "qkv_bias": True, "output_bias": True, "mlp_bias": True,
+}  # fmt: skip
+"""Layer norms, a plain MLP, learned positions, and a bias everywhere."""
 
 
 def transformer_config(**changes) -> TransformerConfig:

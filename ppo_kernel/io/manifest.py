@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..models.config import TransformerConfig
 from ..models.families.family import Family
 from ..models.families.table import family_of
-from ..models.transformer import TransformerConfig
 from .folders import read_json, write_json
 from .tokenizer import Tokenizer
 

@@ -1,20 +1,33 @@
-"""Grouped-query attention: over a whole sequence, and one token against the cache."""
+"""Grouped-query attention: the equation, and how its queries meet whole sequences or a cache."""
 
-from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
+from .config import AttentionFunction, LayerSpec
 from .kernels.cached_attention import attend_to_cache
 from .kernels.rotary import Rotation, rotate
-from .kv_cache import without_lone_head, write_slots
-from .linear import Linear, decoding, project
-from .norm import RMSNorm
+from .kv_cache import LayerCache, without_lone_head
+from .linear import Linear, Project, fused
+from .norm import Norm
+
+
+@runtime_checkable
+class Mix(Protocol):
+    """How queries meet keys and values: returns the mixed values, and what a cache keeps."""
+
+    def __call__(
+        self,
+        query: Float[Array, "*batch K group E"],
+        key: Float[Array, "*batch K E"],
+        value: Float[Array, "*batch K E"],
+    ) -> tuple[Float[Array, "*rest width"], Any]: ...
 
 
 class Attention(eqx.Module):
-    """Projections of grouped-query attention, with optional q/k norms.
+    """y = mix(R n(x W_q), R n(x W_k), x W_v) W_o: n the q/k norm, if any, R the rotation.
 
     Source: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245.
     """
@@ -23,74 +36,95 @@ class Attention(eqx.Module):
     key: Linear
     value: Linear
     output: Linear
-    query_norm: RMSNorm | None
-    key_norm: RMSNorm | None
+    query_norm: Norm | None
+    key_norm: Norm | None
     num_kv_heads: int = eqx.field(static=True)
     head_dim: int = eqx.field(static=True)
 
-    def project(
-        self,
-        x: Float[Array, "*batch D"],
-        rotation: Rotation,
-    ) -> tuple[Float[Array, "*batch H E"], Float[Array, "*batch K E"], Float[Array, "*batch K E"]]:
-        """Queries, keys (both rotated) and values of each token."""
-        projected = project(x, self.query, self.key, self.value)
-        return self._by_head(projected, rotation)
-
-    def _by_head(self, projected: tuple[Array, ...], rotation: Rotation):
-        query, key, value = (x.reshape(*x.shape[:-1], -1, self.head_dim) for x in projected)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        return rotate(query, rotation), rotate(key, rotation), value
-
-    @jax.named_scope("attention")
     def __call__(
-        self,
-        x: Float[Array, "B S D"],
-        mask: Bool[Array, "B S"],
-        rotation: Rotation,
-        mix: Callable[..., Float[Array, "B K group S E"]],
-        start: int = 0,
-    ) -> tuple[Float[Array, "B rest D"], Float[Array, "B S K E"], Float[Array, "B S K E"]]:
-        """Causal attention by `mix` over the valid slots, from slot `start` on.
+        self, x: Float[Array, "*batch D"], rotation: Rotation | None, mix: Mix
+    ) -> tuple[Float[Array, "*rest D"], Any]:
+        return self.by(fused)(x, rotation, mix)
 
-        Also the keys and values of all slots, for a cache.
-        """
-        query, key, value = self.project(x, rotation)
-        mixed = mix(
-            self._grouped(query).transpose(0, 2, 3, 1, 4),
-            key.swapaxes(1, 2),
-            value.swapaxes(1, 2),
-            mask,
-        )
-        mixed = mixed[:, :, :, start:].transpose(0, 3, 1, 2, 4)
-        return self.output(mixed.reshape(*mixed.shape[:2], -1)), key, value
-
-    def decoder(self) -> Callable:
-        """One token a row against the cache; asked for once, outside the decode loop.
-
-        It takes rows [B, D], their rotation, the buffers of a layer (see `KVCache`), their mask
-        [B, S] and the slot to write, and returns rows [B, D] and the buffers with the slot written.
-        """
-        inputs = decoding(self.query, self.key, self.value)
-        output = decoding(self.output)
+    def by(self, project: Project):
+        """The same, its linear maps computed by `project`."""
+        inputs, output = project(self.query, self.key, self.value), project(self.output)
 
         @jax.named_scope("attention")
         def apply(
-            x: Float[Array, "B D"],
-            rotation: Rotation,
-            keys: Float[Array, "B *K E S"],
-            values: Float[Array, "B *K S E"],
-            mask: Bool[Array, "B S"],
-            slot: Int[Array, ""],
-        ) -> tuple[Float[Array, "B D"], Float[Array, "B *K E S"], Float[Array, "B *K S E"]]:
-            query, key, value = self._by_head(inputs(x), rotation)
-            query, key, value = map(without_lone_head, (self._grouped(query), key, value))
-            keys, values = write_slots(keys, values, key, value, slot)
-            mixed = attend_to_cache(query, keys.astype(x.dtype), values.astype(x.dtype), mask)
-            return output(mixed.reshape(x.shape[0], -1))[0], keys, values
+            x: Float[Array, "*batch D"], rotation: Rotation | None, mix: Mix
+        ) -> tuple[Float[Array, "*rest D"], Any]:
+            heads = [y.reshape(*y.shape[:-1], -1, self.head_dim) for y in inputs(x)]
+            query, key, value = heads
+            if self.query_norm is not None and self.key_norm is not None:
+                query, key = self.query_norm(query), self.key_norm(key)
+            if rotation is not None:
+                query, key = rotate(query, rotation), rotate(key, rotation)
+            grouped = query.reshape(*query.shape[:-2], self.num_kv_heads, -1, self.head_dim)
+            mixed, cached = mix(grouped, key, value)
+            return output(mixed)[0], cached
 
         return apply
 
-    def _grouped(self, query: Float[Array, "*batch H E"]) -> Float[Array, "*batch K group E"]:
-        return query.reshape(*query.shape[:-2], self.num_kv_heads, -1, self.head_dim)
+
+class MixSequences(eqx.Module):
+    """Causal attention over whole sequences; a cache keeps the keys and values of all slots.
+
+    Attributes:
+        attention: computes it.
+        spec: settings of the layer.
+        mask: which slots hold a token.
+        start: the first slot whose result is read.
+    """
+
+    attention: AttentionFunction
+    spec: LayerSpec
+    mask: Bool[Array, "B S"]
+    start: int
+
+    def __call__(
+        self,
+        query: Float[Array, "B S K group E"],
+        key: Float[Array, "B S K E"],
+        value: Float[Array, "B S K E"],
+    ) -> tuple[
+        Float[Array, "B rest width"], tuple[Float[Array, "B S K E"], Float[Array, "B S K E"]]
+    ]:
+        spec = self.spec
+        mixed = self.attention(
+            query.transpose(0, 2, 3, 1, 4), key.swapaxes(1, 2), value.swapaxes(1, 2), self.mask,
+            scale=spec.scale, softcap=spec.softcap, window=spec.window,
+        )  # fmt: skip
+        mixed = mixed[:, :, :, self.start :].transpose(0, 3, 1, 2, 4)
+        return mixed.reshape(*mixed.shape[:2], -1), (key, value)
+
+
+class MixCache(eqx.Module):
+    """One token per row against the cache of a layer, which then holds its key and value too.
+
+    Attributes:
+        entry: keys and values of the layer.
+        spec: settings of the layer.
+        seen: which slots each row sees, the one of this token among them.
+        slot: where this token goes.
+    """
+
+    entry: LayerCache
+    spec: LayerSpec
+    seen: Bool[Array, "B S"]
+    slot: Int[Array, ""]
+
+    def __call__(
+        self,
+        query: Float[Array, "B K group E"],
+        key: Float[Array, "B K E"],
+        value: Float[Array, "B K E"],
+    ) -> tuple[Float[Array, "B width"], LayerCache]:
+        dtype, rows = query.dtype, query.shape[0]
+        query, key, value = map(without_lone_head, (query, key, value))
+        entry = self.entry.write(key, value, self.slot)
+        mixed = attend_to_cache(
+            query, entry.keys.astype(dtype), entry.values.astype(dtype), self.seen,
+            scale=self.spec.scale, softcap=self.spec.softcap,
+        )  # fmt: skip
+        return mixed.reshape(rows, -1), entry

@@ -6,11 +6,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..ops.dtypes import promote_types, upcast
+from .config import TransformerConfig
 from .kernels.decode_matmul import DecodeMatrix
 from .kernels.products import wide_product
+from .kernels.softmax_attention import softcapped
 from .kv_cache import KVCache
 from .protocol import Cache, Decoder
-from .transformer import Transformer, TransformerConfig
+from .transformer import Transformer
 
 
 class LanguageModel(eqx.Module):
@@ -43,7 +45,7 @@ class LanguageModel(eqx.Module):
     @jax.named_scope("unembed")
     def unembed(self, hidden: Float[Array, "C D"]) -> Float[Array, "C V"]:
         """Logits of each row of `hidden`, at least float32."""
-        return wide_product(hidden, self._matrix().astype(hidden.dtype))
+        return self._cap(wide_product(hidden, self._matrix().astype(hidden.dtype)))
 
     def prefill(
         self, tokens: Int[Array, "N P"], mask: Bool[Array, "N P"], capacity: int
@@ -57,12 +59,16 @@ class LanguageModel(eqx.Module):
 
         @jax.named_scope("unembed")
         def unembed(hidden: Float[Array, "C D"]) -> Float[Array, "C V"]:
-            return matrix(hidden, promote_types(hidden.dtype, jnp.float32))
+            return self._cap(matrix(hidden, promote_types(hidden.dtype, jnp.float32)))
 
         def grow(cache: KVCache, capacity: int) -> KVCache:
+            self.trunk.check_positions(capacity)
             return cache.grown(capacity)
 
         return Decoder(self.trunk.decoder(), unembed, grow)
+
+    def _cap(self, logits: Float[Array, "C V"]) -> Float[Array, "C V"]:
+        return softcapped(logits, self.trunk.config.final_softcap)
 
     def _matrix(self) -> Float[Array, "V D"]:
         return self.trunk.embedding if self.output is None else self.output

@@ -7,40 +7,82 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .kernels.causal_attention import positions_of
 
-class KVCache(eqx.Module):
-    """One pair of buffers a layer, filled slot by slot; the same slot for every row.
 
-    The slots after the prompt are a ring: the last one is followed by the first of them. A row
-    that keeps within the capacity never meets its own tokens there, and attention does not mind
-    where in the ring they begin.
+class LayerCache(eqx.Module):
+    """Keys and values of one layer, S slots of each.
 
-    `keys[l]` and `values[l]` are separate arrays, so that a decode step writes each in place. Both
-    lie as the products that read them want their right operand: the axis that is summed over first.
-    A single head has no axis: XLA would drop it for those products, and write and copy the buffers
-    in both shapes. `mask` says which slots hold a token, `positions` is the position of each row's
-    next token, `slot` the index of the next free slot, `prompt_width` the first one of the ring.
+    Keys are [E, S], values [S, E]: both are then contiguous right operands of the products that
+    read them. A single head has no axis K. XLA would drop an axis of one for those products, and
+    write and copy the buffers in both shapes.
     """
 
-    keys: tuple[Float[Array, "B *K E S"], ...]
-    values: tuple[Float[Array, "B *K S E"], ...]
+    keys: Float[Array, "B *K E S"]
+    values: Float[Array, "B *K S E"]
+
+    def write(
+        self,
+        key: Float[Array, "B *K E"],
+        value: Float[Array, "B *K E"],
+        slot: Int[Array, ""],
+    ) -> "LayerCache":
+        """One more key and value per row, which XLA writes in place inside a loop.
+
+        Args:
+            key, value: of the tokens that are read now; cast to the type of the cache.
+            slot: where they go.
+
+        Returns:
+            The buffers with this slot written.
+        """
+        write, keys, values = jax.lax.dynamic_update_slice_in_dim, self.keys, self.values
+        key, value = key[..., None].astype(keys.dtype), value[..., None, :].astype(values.dtype)
+        return LayerCache(
+            write(keys, key, slot, axis=keys.ndim - 1),
+            write(values, value, slot, axis=values.ndim - 2),
+        )
+
+    def grown(self, more: int) -> "LayerCache":
+        """The buffers with `more` slots at their end."""
+        return LayerCache(_pad(self.keys, -1, more), _pad(self.values, -2, more))
+
+
+class KVCache(eqx.Module):
+    """An entry per layer, filled slot by slot; the same slot for every row.
+
+    The slots after the prompt are a ring: the first of them follows the last slot of all. A row
+    takes no more steps than the ring has slots, so it never overwrites its own tokens. Attention
+    does not depend on where in the ring a row began.
+
+    Attributes:
+        layers: keys and values. Each layer has its own arrays, so that a decode step writes in
+            place.
+        mask: which slots hold a token.
+        positions: of those tokens; a window is counted in positions.
+        lengths: tokens per row, the position of its next one.
+        slot: the next one to be written.
+        prompt_width: P, the first slot of the ring.
+    """
+
+    layers: tuple[LayerCache, ...]
     mask: Bool[Array, "B S"]
-    positions: Int[Array, " B"]
+    positions: Int[Array, "B S"]
+    lengths: Int[Array, " B"]
     slot: Int[Array, ""]
     prompt_width: int = eqx.field(static=True)
 
     @classmethod
     def from_prefill(
         cls,
-        keys: Float[Array, "L B P K E"],
-        values: Float[Array, "L B P K E"],
+        layers: list[tuple[Float[Array, "B P K E"], Float[Array, "B P K E"]]],
         mask: Bool[Array, "B P"],
         capacity: int,
     ) -> "KVCache":
         """The cache after a prompt, with room for `capacity` slots in all.
 
         Args:
-            keys, values: of every layer, rotated already, in the cache's type.
+            layers: keys and values of each, rotated already, in the cache's type.
             mask: valid slots of the prompt.
             capacity: at least P; S is the next multiple of 16.
 
@@ -50,21 +92,23 @@ class KVCache(eqx.Module):
         Raises:
             ValueError: the prompt does not fit.
         """
-        layers, _, length = keys.shape[:3]
+        length = mask.shape[1]
         if capacity < length:
             raise ValueError(f"a prompt of {length} slots does not fit a cache of {capacity}.")
 
         more = _whole_vectors(capacity) - length
+        entries = [
+            LayerCache(
+                without_lone_head(keys.transpose(0, 2, 3, 1)),
+                without_lone_head(values.swapaxes(1, 2)),
+            )
+            for keys, values in layers
+        ]
         return cls(
-            keys=tuple(
-                _pad(without_lone_head(keys[i].transpose(0, 2, 3, 1)), -1, more)
-                for i in range(layers)
-            ),
-            values=tuple(
-                _pad(without_lone_head(values[i].swapaxes(1, 2)), -2, more) for i in range(layers)
-            ),
+            layers=tuple(entry.grown(more) for entry in entries),
             mask=_pad(mask, -1, more),
-            positions=jnp.sum(mask, axis=1, dtype=jnp.int32),
+            positions=_pad(positions_of(mask), -1, more),
+            lengths=jnp.sum(mask, axis=1, dtype=jnp.int32),
             slot=jnp.asarray(length, jnp.int32),
             prompt_width=length,
         )
@@ -83,51 +127,49 @@ class KVCache(eqx.Module):
             raise ValueError(f"a cache of {before} slots cannot grow to {capacity}.")
         return replace(
             self,
-            keys=tuple(_pad(x, -1, more) for x in self.keys),
-            values=tuple(_pad(x, -2, more) for x in self.values),
+            layers=tuple(entry.grown(more) for entry in self.layers),
             mask=_pad(self.mask, -1, more),
+            positions=_pad(self.positions, -1, more),
             slot=jnp.where(jnp.any(self.mask[:, -1]), before, self.slot),
         )
 
     def open_slot(self) -> "KVCache":
-        """The cache with its next slot marked as holding a token."""
+        """The cache with its next slot marked as holding each row's next token."""
+        write = jax.lax.dynamic_update_slice_in_dim
         opened = jnp.ones((self.mask.shape[0], 1), bool)
-        mask = jax.lax.dynamic_update_slice_in_dim(self.mask, opened, self.slot, axis=1)
-        return replace(self, mask=mask)
+        return replace(
+            self,
+            mask=write(self.mask, opened, self.slot, axis=1),
+            positions=write(self.positions, self.lengths[:, None], self.slot, axis=1),
+        )
 
-    def close_slot(
-        self, keys: list[Float[Array, "B *K E S"]], values: list[Float[Array, "B *K S E"]]
-    ) -> "KVCache":
-        """The cache after every layer has written its slot."""
+    def seen(self, window: int | None) -> Bool[Array, "B S"]:
+        """Which slots the token in the open slot sees: all, or those of the last `window` tokens.
+
+        Args:
+            window: tokens, itself the last of them; None for no bound.
+
+        Returns:
+            True for a slot that it sees.
+        """
+        if window is None:
+            return self.mask
+        return self.mask & (self.lengths[:, None] - self.positions < window)
+
+    def close_slot(self, layers: list[LayerCache]) -> "KVCache":
+        """The cache after every layer has written its slot.
+
+        Args:
+            layers: the entries, with the slot written.
+
+        Returns:
+            The next slot is the following one of the ring.
+        """
         last = self.slot == self.mask.shape[1] - 1
         return replace(
-            self, keys=tuple(keys), values=tuple(values), positions=self.positions + 1,
+            self, layers=tuple(layers), lengths=self.lengths + 1,
             slot=jnp.where(last, self.prompt_width, self.slot + 1),
         )  # fmt: skip
-
-
-def write_slots(
-    keys: Float[Array, "B *K E S"],
-    values: Float[Array, "B *K S E"],
-    key: Float[Array, "B *K E"],
-    value: Float[Array, "B *K E"],
-    slot: Int[Array, ""],
-) -> tuple[Float[Array, "B *K E S"], Float[Array, "B *K S E"]]:
-    """The buffers of a layer with one more entry, which XLA writes in place inside a loop.
-
-    Args:
-        keys, values: the buffers.
-        key, value: of the tokens that are read now; cast to the type of the cache.
-        slot: where they go.
-
-    Returns:
-        (keys, values)
-    """
-    write = jax.lax.dynamic_update_slice_in_dim
-    return (
-        write(keys, key[..., None].astype(keys.dtype), slot, axis=keys.ndim - 1),
-        write(values, value[..., None, :].astype(values.dtype), slot, axis=values.ndim - 2),
-    )
 
 
 def without_lone_head(x: Float[Array, "B K *rest"]) -> Float[Array, "B *some"]:
@@ -136,7 +178,7 @@ def without_lone_head(x: Float[Array, "B K *rest"]) -> Float[Array, "B *some"]:
 
 
 def _whole_vectors(slots: int) -> int:
-    """`slots` rounded up to a multiple of 16: keys of other lengths are read in broken vectors."""
+    """`slots` rounded up to a multiple of 16, so that CPUs read keys in whole vectors."""
     return -(-slots // 16) * 16
 
 

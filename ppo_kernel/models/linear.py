@@ -1,4 +1,6 @@
-"""Linear maps."""
+"""Linear maps, and the ways to compute several of one input."""
+
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -30,14 +32,27 @@ class Linear(eqx.Module):
         return cls(weight, jnp.zeros(out_size) if bias else None)
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        return project(x, self)[0]
+        return fused(self)(x)[0]
 
 
-def project(x: Float[Array, "*batch in"], *layers: Linear) -> tuple[Float[Array, "*batch _"], ...]:
-    """What each layer makes of `x`, by one product."""
-    return fused_projection(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
+@runtime_checkable
+class Project(Protocol):
+    """Layers of one input -> the function that computes them all."""
+
+    def __call__(self, *layers: Linear) -> Projection: ...
+
+
+def separately(*layers: Linear) -> Projection:
+    """One product per layer."""
+    return lambda x: tuple(layer(x) for layer in layers)
+
+
+def fused(*layers: Linear) -> Projection:
+    """One product for all layers."""
+    weights, biases = [x.weight for x in layers], [x.bias for x in layers]
+    return lambda x: fused_projection(x, weights, biases)
 
 
 def decoding(*layers: Linear) -> Projection:
-    """`project` for the few rows of many decode steps: called once, outside the loop."""
-    return decode_projection([layer.weight for layer in layers], [layer.bias for layer in layers])
+    """One product for all layers, its matrix packed here for the few rows of many decode steps."""
+    return decode_projection([x.weight for x in layers], [x.bias for x in layers])

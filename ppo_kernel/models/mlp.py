@@ -4,30 +4,35 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float
 
-from .kernels.glu import glu
-from .linear import Linear, decoding
+from .kernels.glu import Activation, glu
+from .linear import Linear, Project, separately
 
 
-class GatedMLP(eqx.Module):
-    """y = (silu(x W_gate) * x W_up) W_down.
+class MLP(eqx.Module):
+    """y = (f(x W_gate) * x W_up) W_down, or f(x W_up) W_down without a gate; f the activation.
 
-    Source: Shazeer 2020, eq. 6 (https://arxiv.org/abs/2002.05202).
+    Source: Shazeer 2020, eq. 6, https://arxiv.org/abs/2002.05202.
     """
 
-    gate: Linear
+    gate: Linear | None
     up: Linear
     down: Linear
+    activation: Activation = eqx.field(static=True)
 
-    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        return self.down(glu(jax.nn.silu, self.gate(x), self.up(x)))
+        # Gate and up as one product are slower here, forward and backward (bench/TRIED.md).
+        return self.by(separately)(x)
 
-    def decoder(self):
-        """The same for the few rows of a decode step; called once, outside the loop."""
-        inputs, down = decoding(self.gate, self.up), decoding(self.down)
+    def by(self, project: Project):
+        """The same, its linear maps computed by `project`."""
+        down = project(self.down)
+        inputs = project(self.up) if self.gate is None else project(self.gate, self.up)
 
         @jax.named_scope("mlp")
-        def apply(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
-            return down(glu(jax.nn.silu, *inputs(x)))[0]
+        def apply(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+            hidden = inputs(x)
+            if self.gate is None:
+                return down(self.activation(*hidden))[0]
+            return down(glu(self.activation, *hidden))[0]
 
         return apply

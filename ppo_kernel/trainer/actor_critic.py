@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from ..evaluation import ModelReward
 from ..functions import RewardFn
+from ..models.config import TransformerConfig
 from ..models.heads import LanguageModel, ValueModel
-from ..models.transformer import TransformerConfig
 from .config import PPOConfig
 from .pretrained import CausalLM, RewardModel
 from .text_reward import PythonReward

@@ -13,9 +13,9 @@ from ..io.folders import existing_folder, staged
 from ..io.manifest import Manifest
 from ..io.safetensors import save_weights
 from ..io.tokenizer import Tokenizer
+from ..models.config import TransformerConfig
 from ..models.families.family import Weight
 from ..models.heads import LanguageModel, ValueModel
-from ..models.transformer import TransformerConfig
 from ..types import Prompts
 
 _WIDTH_STEP = 64

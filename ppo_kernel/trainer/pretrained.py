@@ -15,11 +15,12 @@ from ..io.folders import existing_folder
 from ..io.manifest import Manifest
 from ..io.safetensors import WeightFiles, load_weights
 from ..io.tokenizer import Tokenizer
+from ..models.config import TransformerConfig
 from ..models.families.family import Family
 from ..models.families.table import family_named
 from ..models.heads import LanguageModel, ValueModel
 from ..models.kernels.causal_attention import attend_causally
-from ..models.transformer import Transformer, TransformerConfig
+from ..models.transformer import Transformer
 from ..rollout.generate import generate
 from .model_folder import ModelFolder, check_config, open_folder, save_folder
 from .text_reward import rollout_texts

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo_kernel.models.linear import Linear, project
+from ppo_kernel.models.linear import Linear, fused
 
 
 def drawn(*shape, seed=0):
@@ -18,5 +18,5 @@ def test_layers_in_one_product_equal_each_alone(float64, with_bias):
         for size in (4, 2, 3)
     )
     x = drawn(5, 2, 6)
-    for got, layer in zip(project(x, *layers), layers, strict=True):
+    for got, layer in zip(fused(*layers)(x), layers, strict=True):
         np.testing.assert_allclose(got, layer(x), rtol=1e-12, atol=1e-12)

@@ -20,6 +20,7 @@ from ppo_kernel.sharding import make_mesh, place
 GENERATE, KEY = eqx.filter_jit(generate), jax.random.key(0)
 POLICIES = {
     "transformer": lambda: tiny.language_model(qk_norm=True),
+    "local-and-global": lambda: tiny.language_model(**tiny.LOCAL_AND_GLOBAL),
     "recurrent": lambda: tiny.RecurrentPolicy(KEY),
 }
 LENGTHS = (3, 1, 4, 2, 4, 3, 2, 1, 1, 2, 3, 4, 4, 1, 2, 3, 3, 3, 1, 2, 4)
@@ -99,8 +100,8 @@ def test_the_ring_is_needed(float64, monkeypatch):
     """A cache that stops at its last slot loses tokens, so the cases above do go round."""
     close = kv_cache.KVCache.close_slot
 
-    def stuck(self, keys, values):
-        closed = close(self, keys, values)
+    def stuck(self, layers):
+        closed = close(self, layers)
         return eqx.tree_at(lambda c: c.slot, closed, self.slot + 1)
 
     monkeypatch.setattr(kv_cache.KVCache, "close_slot", stuck)

@@ -5,13 +5,14 @@ functions here are what such files share.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
 
-from ..transformer import RopeScaling, TransformerConfig
+from ..config import TransformerConfig
+from ..rotary import RopeScaling
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ class Family:
             ValueError: the family cannot express `config`; names the fields.
         """
         entries = self.from_config(config)
-        own = {name: getattr(config, name) for name in _OURS}
-        ours, back = asdict(config), asdict(self.to_config(entries, **own))
+        own = {name: vars(config)[name] for name in _OURS}
+        ours, back = vars(config), vars(self.to_config(entries, **own))
         lost = [f"{name}={ours[name]!r}" for name in ours if ours[name] != back[name]]
         if lost:
             raise ValueError(
@@ -105,13 +106,14 @@ _OURS = ("param_dtype", "compute_dtype", "cache_dtype", "remat", "unroll", "atte
 _ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 _REMEDIES = {
-    "hidden_act": "only 'silu' is implemented; another activation needs its own family file",
+    "hidden_act": "this family is read with 'silu' alone; a family whose `to_config` sets another "
+    "`activation` is one more file in models/families",
     "quantization_config": "dequantize the checkpoint with transformers and save it again",
-    "use_sliding_window": "only full attention is implemented; set it to false if no sequence "
-    "will be longer than the window",
-    "partial_rotary_factor": "only full rotary embeddings are implemented",
-    "attention_bias": "no biases of this kind are implemented",
-    "mlp_bias": "no biases of this kind are implemented",
+    "use_sliding_window": "this family is read with full attention alone; set it to false if no "
+    "sequence will be longer than the window",
+    "partial_rotary_factor": "this family is read with full rotary embeddings alone",
+    "attention_bias": "this family is read without biases of this kind",
+    "mlp_bias": "this family is read without biases of this kind",
 }
 
 
@@ -146,8 +148,8 @@ def read_common(
     kinds = set(entries.get("layer_types") or ()) - {"full_attention"}
     if kinds:
         raise ValueError(
-            f"layer_types with {sorted(kinds)} in config.json is not supported: only "
-            "'full_attention' is implemented."
+            f"layer_types with {sorted(kinds)} in config.json is not supported: this family is "
+            "read with 'full_attention' alone."
         )
     names = {
         "vocab_size": "vocab_size",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..transformer import TransformerConfig
+from ..config import TransformerConfig
 from .family import Family, decoder_weights, read_common, require, write_common
 
 
