@@ -16,6 +16,9 @@ class LayerCache(eqx.Module):
     Keys are [E, S], values [S, E]: both are then contiguous right operands of the products that
     read them. A single head has no axis K. XLA would drop an axis of one for those products, and
     write and copy the buffers in both shapes.
+
+    Attributes:
+        keys, values: in the cache's type; the keys are rotated already.
     """
 
     keys: Float[Array, "B *K E S"]
