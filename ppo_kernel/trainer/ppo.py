@@ -114,12 +114,8 @@ class PPOTrainer:
             collected = compiled.collect(self.state, *inputs)
             ids = np.asarray(collected.rollout.sample_ids) // self.config.samples_per_prompt
             scored = self.reward.scored(collected.rollout, batch.columns_of(ids.tolist()))
-            scores = place(scored.scores, self.mesh, "batch")
-            self.state, metrics = compiled.learn(self.state, collected, scores, hyperparams)
-            taken = sorted(metrics.keys() & scored.metrics.keys())
-            if taken:
-                raise ValueError(f"the reward reports {taken[0]!r}, a metric of PPO; rename it.")
-            metrics |= {name: jnp.mean(values) for name, values in scored.metrics.items()}
+            scored = place(scored, self.mesh, "batch")
+            self.state, metrics = compiled.learn(self.state, collected, scored, hyperparams)
         else:
             self.state, metrics = compiled.step(self.state, *inputs, self.reward)
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}

@@ -112,7 +112,7 @@ def test_a_reward_gets_the_columns_it_names_and_reports_metrics():
 
 def test_a_reward_does_not_report_under_a_name_of_ppo():
     reward = PythonReward(lambda prompts, responses: ([0.0] * 4, {"entropy": 1.0}))
-    with pytest.raises(ValueError, match="reports 'entropy', a metric of PPO; rename it"):
+    with pytest.raises(ValueError, match="two metrics have the name 'entropy'"):
         trainer(reward).train_step(PPOBatch.from_texts(word_tokenizer(), ["w0", "w1"]))
 
 
