@@ -28,12 +28,12 @@ AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),  # prompts, sequences, and the sequences of a micro-batch
     "sequence": (),
     "layers": (),
-    "embed": ("fsdp",),
+    "embed": (),
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "vocab": ("tensor",),
-    "parameter": ("fsdp",),  # of a parameter that names no axes: the first one that divides
+    "parameter": ("fsdp",),  # the first axis of a parameter that divides, of those not cut yet
 }
 """Logical axis -> the mesh axes that cut it; none for a whole axis.
 
@@ -77,7 +77,8 @@ def gather(tree: PyTree) -> PyTree:
 def at_rest(tree: PyTree) -> PyTree:
     """Inside a program: parameters and moments cut as they lie between the stages.
 
-    By the axes that a module names in `logical_axes`, else by the first axis that divides.
+    Over `tensor` by the axes that a module names in `logical_axes`, where they divide. Over `fsdp`
+    by the first axis that divides, whatever its name, so that every array is cut.
 
     Args:
         tree: models, moments or gradients.
@@ -205,19 +206,21 @@ def _each(tree: PyTree, mesh: Mesh | AbstractMesh, spec: Callable) -> PyTree[Par
 def _parameter_specs(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree[PartitionSpec]:
     names = named_axes(tree)
 
+    def cuts(name: str | None, size: int) -> bool:
+        return size > 0 and name is not None and size % num_shards(name, mesh) == 0
+
     def spec(path: tuple, x: Array | jax.ShapeDtypeStruct) -> PartitionSpec:
-        axes = names.get(path)
-        if axes is not None:
-            # Layers are stacked along axes of their own, before those that a layer names.
-            axes = (*[None] * (x.ndim - len(axes)), *axes)
-            counts = [1 if name is None else num_shards(name, mesh) for name in axes]
-            if all(size % count == 0 for size, count in zip(x.shape, counts, strict=True)):
-                return partition_spec(mesh, *axes)
-        count = num_shards("parameter", mesh)
-        dividing = [i for i, size in enumerate(x.shape) if size and size % count == 0]
-        if not dividing:
-            return PartitionSpec()
-        return partition_spec(mesh, *[None] * dividing[0], "parameter")
+        named = names.get(path, ())
+        # Layers are stacked along axes of their own, before those that a layer names.
+        axes = [*[None] * (x.ndim - len(named)), *named]
+        axes = [
+            name if cuts(name, size) else None for name, size in zip(axes, x.shape, strict=True)
+        ]
+        whole = [i for i, name in enumerate(axes) if name is None or num_shards(name, mesh) == 1]
+        dividing = [i for i in whole if cuts("parameter", x.shape[i])]
+        if dividing:
+            axes[dividing[0]] = "parameter"
+        return partition_spec(mesh, *axes)
 
     return jax.tree_util.tree_map_with_path(spec, tree)
 

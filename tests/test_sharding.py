@@ -26,13 +26,14 @@ def test_names_come_from_the_table():
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     spec = functools.partial(sharding.partition_spec, mesh)
     assert spec("batch", "sequence") == PartitionSpec(("data", "fsdp"))
-    assert spec("vocab", "embed") == PartitionSpec("tensor", "fsdp")
+    assert spec("vocab", "embed") == PartitionSpec("tensor")
+    assert spec("parameter", "mlp") == PartitionSpec("fsdp", "tensor")
     assert spec(None, "parameter") == PartitionSpec(None, "fsdp")
     assert spec() == PartitionSpec()
     with pytest.raises(ValueError, match="unknown logical axis 'bacth'"):
         spec("bacth")
     with pytest.raises(ValueError, match="one mesh axis twice"):
-        spec("batch", "embed")
+        spec("batch", "parameter")
     with pytest.raises(ValueError, match="asked for 9 devices"):
         sharding.make_mesh(9)
     with pytest.raises(ValueError, match="8 devices do not divide into data=3"):
@@ -79,14 +80,29 @@ class Matrix(eqx.Module):
 
 def test_a_parameter_lies_along_the_axes_that_its_module_names():
     mesh = sharding.make_mesh(8, tensor=2)
-    models = {"a": Matrix(jnp.zeros((8, 12, 6))), "odd": [Matrix(jnp.zeros((16, 6, 6)))]}
+    models = {"a": Matrix(jnp.zeros((3, 12, 6))), "odd": [Matrix(jnp.zeros((16, 6, 5)))]}
     moments = optax.scale_by_adam().init(models)
     for tree in (models, moments.mu, eqx.filter(models, eqx.is_inexact_array)):
         placed = sharding.place(tree, mesh, "parameter")
         # Layers are stacked before the axes that are named.
         assert placed["a"].weight.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
-        # 6 does not divide over 4 devices, so the first axis that does takes its place.
+        # 5 does not divide over 2 devices, and 16 is the first that divides over 4.
         assert placed["odd"][0].weight.sharding.spec == PartitionSpec("fsdp")
+
+
+def test_a_transformer_names_the_axes_of_its_matrices():
+    mesh = sharding.make_mesh(8, tensor=2)
+    model = sharding.place(tiny.language_model(vocab_size=14), mesh, "parameter")
+    block = model.trunk.blocks
+    cut = {
+        "heads": (block.attention.query.weight, 2), "kv_heads": (block.attention.value.weight, 2),
+        "output": (block.attention.output.weight, 1), "mlp": (block.mlp.up.weight, 2),
+        "down": (block.mlp.down.weight, 1), "vocab": (model.trunk.embedding, 0),
+        "unembed": (model.output, 0),
+    }  # fmt: skip
+    for name, (x, axis) in cut.items():
+        assert x.sharding.spec[axis] == "tensor", (name, x.sharding.spec)
+        assert "fsdp" in x.sharding.spec, (name, x.sharding.spec)
 
 
 def test_the_verbs_act_inside_a_program_that_entered_a_mesh():

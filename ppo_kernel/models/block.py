@@ -94,11 +94,12 @@ def _init_attention(keys: Key[Array, "4"], config: TransformerConfig) -> Attenti
     width, head = config.hidden_size, config.head_dim
     queries, heads, bias = config.num_heads * head, config.num_kv_heads * head, config.qkv_bias
     return Attention(
-        query=Linear.init(keys[0], width, queries, bias=bias),
-        key=Linear.init(keys[1], width, heads, bias=bias),
-        value=Linear.init(keys[2], width, heads, bias=bias),
+        query=Linear.init(keys[0], width, queries, bias=bias, axes=("embed", "heads")),
+        key=Linear.init(keys[1], width, heads, bias=bias, axes=("embed", "kv_heads")),
+        value=Linear.init(keys[2], width, heads, bias=bias, axes=("embed", "kv_heads")),
         output=Linear.init(
             keys[3], queries, width, scale=_residual_scale(config), bias=config.output_bias,
+            axes=("heads", "embed"),
         ),
         query_norm=init_norm(config, head) if config.qk_norm else None,
         key_norm=init_norm(config, head) if config.qk_norm else None,
@@ -109,11 +110,13 @@ def _init_attention(keys: Key[Array, "4"], config: TransformerConfig) -> Attenti
 
 def _init_mlp(keys: Key[Array, "3"], config: TransformerConfig) -> MLP:
     width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-    into = partial(Linear.init, in_size=width, out_size=inner, bias=bias)
+    into = partial(Linear.init, in_size=width, out_size=inner, bias=bias, axes=("embed", "mlp"))
     return MLP(
         gate=into(keys[0]) if config.gated else None,
         up=into(keys[1]),
-        down=Linear.init(keys[2], inner, width, scale=_residual_scale(config), bias=bias),
+        down=Linear.init(
+            keys[2], inner, width, scale=_residual_scale(config), bias=bias, axes=("mlp", "embed")
+        ),
         activation=config.activation,
     )
 

@@ -67,6 +67,10 @@ class LanguageModel(eqx.Module):
 
         return Decoder(self.trunk.decoder(), unembed, grow)
 
+    def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Field -> its logical axes, for `sharding`."""
+        return {"output": ("vocab", "embed")}
+
     def _cap(self, logits: Float[Array, "C V"]) -> Float[Array, "C V"]:
         return softcapped(logits, self.trunk.config.final_softcap)
 

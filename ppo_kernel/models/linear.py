@@ -12,10 +12,16 @@ from .kernels.fused_projection import fused_projection
 
 
 class Linear(eqx.Module):
-    """y = x W (+ b). `weight` is [in, out], the transpose of PyTorch's."""
+    """y = x W (+ b). `weight` is [in, out], the transpose of PyTorch's.
+
+    Attributes:
+        weight, bias: W and b; no b where None.
+        axes: logical axes of W, as in `sharding.AXES`; None for none.
+    """
 
     weight: Float[Array, "in out"]
     bias: Float[Array, " out"] | None = None
+    axes: tuple[str, str] | None = eqx.field(static=True, default=None)
 
     @classmethod
     def init(
@@ -26,10 +32,15 @@ class Linear(eqx.Module):
         *,
         scale: float = 1.0,
         bias: bool = False,
+        axes: tuple[str, str] | None = None,
     ) -> "Linear":
         """Normal weights of standard deviation scale / sqrt(in), zero bias. Consumes `key`."""
         weight = scale * in_size**-0.5 * jax.random.normal(key, (in_size, out_size))
-        return cls(weight, jnp.zeros(out_size) if bias else None)
+        return cls(weight, jnp.zeros(out_size) if bias else None, axes)
+
+    def logical_axes(self) -> dict[str, tuple[str, ...]]:
+        """Field -> its logical axes, for `sharding`."""
+        return {} if self.axes is None else {"weight": self.axes, "bias": self.axes[1:]}
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         return fused(self)(x)[0]

@@ -50,6 +50,10 @@ class Transformer(eqx.Module):
         model = cls(embedding, blocks, init_norm(config, width), config, positions)
         return cast_floating(model, config.param_dtype)
 
+    def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Field -> its logical axes, for `sharding`."""
+        return {"embedding": ("vocab", "embed"), "position_embedding": (None, "embed")}
+
     def __call__(
         self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], start: int = 0
     ) -> Float[Array, "B rest D"]:

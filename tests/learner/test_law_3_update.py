@@ -54,12 +54,16 @@ def test_law_3_microbatches_padding_and_batch_order_do_not_change_the_update(nam
         tiny.assert_trees_close(other_metrics, metrics, 1e-9)
 
 
+MESHES = {"fsdp": {}, "data-fsdp-tensor": {"data": 2, "tensor": 2}}
+
+
+@pytest.mark.parametrize("axes", MESHES)
 @pytest.mark.parametrize("name", MODELS)
-def test_law_3_one_device_and_eight_give_the_same_update(name, float64):
-    batch, model = tiny.prompts(), MODELS[name]
+def test_law_3_one_device_and_eight_give_the_same_update(name, axes, float64):
+    batch, model, mesh = tiny.prompts(), MODELS[name], make_mesh(8, **MESHES[axes])
     config = tiny.iteration_config(num_minibatches=1)
     state, metrics = _updated(batch, config, **model)
-    sharded, sharded_metrics = _updated(batch, config, make_mesh(8), **model)
+    sharded, sharded_metrics = _updated(batch, config, mesh, **model)
     tiny.assert_trees_close(sharded, state, 1e-9)
     tiny.assert_trees_close(sharded_metrics, metrics, 1e-9)
 
