@@ -127,8 +127,8 @@ def test_a_cache_that_is_not_used_again_fails_with_decode_slots(monkeypatch):
     """Its slot, a rank-0 leaf, stays at the end instead of going round the ring."""
     close = kv_cache.KVCache.close_slot
 
-    def stuck(self, keys, values):
-        return eqx.tree_at(lambda c: c.slot, close(self, keys, values), self.slot + 1)
+    def stuck(self, layers):
+        return eqx.tree_at(lambda c: c.slot, close(self, layers), self.slot + 1)
 
     monkeypatch.setattr(kv_cache.KVCache, "close_slot", stuck)
     with pytest.raises(AssertionError, match="law 4: decode slots"):
