@@ -66,12 +66,12 @@ def entered(mesh: Mesh | None) -> AbstractContextManager:
 
 def shard_batch(tree: PyTree) -> PyTree:
     """Inside a program: the arrays of `tree` cut by their leading axis, the sequences."""
-    return _constrain(tree, lambda tree, mesh: _each(tree, mesh, _batch_spec))
+    return _constrain(tree, lambda tree, mesh: _alike(tree, partition_spec(mesh, "batch")))
 
 
 def gather(tree: PyTree) -> PyTree:
     """Inside a program: the arrays of `tree`, whole on every device."""
-    return _constrain(tree, lambda tree, mesh: _each(tree, mesh, _whole_spec))
+    return _constrain(tree, lambda tree, mesh: _alike(tree, PartitionSpec()))
 
 
 def at_rest(tree: PyTree) -> PyTree:
@@ -148,11 +148,11 @@ def shardings(arrays: PyTree, mesh: Mesh, logical_axis: str | None) -> PyTree[Na
                     f"a batch of {x.shape[0]} does not divide over {count} devices, which share it "
                     f"(mesh axes {AXES['batch']}); pass a multiple of {count}."
                 )
-        specs = _each(arrays, mesh, _batch_spec)
+        specs = _alike(arrays, partition_spec(mesh, "batch"))
     elif logical_axis == "parameter":
         specs = _parameter_specs(arrays, mesh)
     elif logical_axis is None:
-        specs = _each(arrays, mesh, _whole_spec)
+        specs = _alike(arrays, PartitionSpec())
     else:
         raise ValueError(
             f"place takes 'batch', 'parameter' or None as logical axis, got {logical_axis!r}."
@@ -189,18 +189,8 @@ def _mesh_axes(logical_axis: str, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     return tuple(axis for axis in wanted if mesh.shape.get(axis, 1) > 1)
 
 
-def _batch_spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    del shape
-    return partition_spec(mesh, "batch")
-
-
-def _whole_spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    del shape, mesh
-    return PartitionSpec()
-
-
-def _each(tree: PyTree, mesh: Mesh | AbstractMesh, spec: Callable) -> PyTree[PartitionSpec]:
-    return jax.tree.map(lambda x: spec(x.shape, mesh), tree)
+def _alike(tree: PyTree, spec: PartitionSpec) -> PyTree[PartitionSpec]:
+    return jax.tree.map(lambda x: spec, tree)
 
 
 def _parameter_specs(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree[PartitionSpec]:
